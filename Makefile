@@ -1,0 +1,53 @@
+# One word a chore; CI calls the same words.
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test test-unit lint lock wheel clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## set up the virtual environment (CPU engine) and nothing else
+
+# Byte code is compiled once here: otherwise every engine process compiles it again at start-up
+# wherever Python is told not to write it.
+$(STAMP): requirements/cpu.lock requirements/installer.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 15) or sys.exit("needs Python 3.11 to 3.14, found %d.%d; set PYTHON=" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/installer.lock
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements/cpu.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+serve: venv ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
+	$(BIN)/hiprune-serve --demo --host $(HOST) --port $(PORT) $(ARGS)
+
+test: venv ## all tests, the real engine included (ARGS goes to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-unit: venv ## the tests that need no engine (seconds)
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: venv ## ruff and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: venv ## compile requirements/*.lock again
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-header --extra cpu --group dev --override requirements/overrides.txt \
+		--output-file requirements/cpu.lock pyproject.toml
+	grep -A99 '^uv==' requirements/cpu.lock | awk 'NR > 1 && !/^ +--hash/ { exit } { print }' \
+		| sed '$$ s/ *\\$$//' > requirements/installer.lock
+
+wheel: venv ## build dist/*.whl
+	$(BIN)/python -m hatchling build --target wheel
+
+clean: ## remove what make made
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

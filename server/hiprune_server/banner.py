@@ -1,0 +1,56 @@
+"""What start-up prints: what is served, where, and a request to paste."""
+
+import argparse
+import base64
+import struct
+import zlib
+from typing import Any
+
+from hiprune_vllm import __version__
+
+
+def banner(args: argparse.Namespace | Any, model: str) -> str:
+    """Several lines for the terminal; the curl line carries its own picture and a budget."""
+    host = args.host or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    scheme = "https" if args.ssl_certfile else "http"
+    address = f"{scheme}://{host}:{args.port}"
+    # Every key that vLLM takes; the line shows a shell variable, never the secret itself.
+    key = ' -H "Authorization: Bearer $API_KEY"' if args.api_key else ""
+    return f"""
+hiprune-vllm {__version__}: {model} at {address}/v1
+Budgets, defaults and limits: {address}/v1/hiprune
+Try it:
+  curl -s {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{
+    "model": "{model}", "max_tokens": 16, "hiprune": {{"tokens": 192}},
+    "messages": [{{"role": "user", "content": [
+      {{"type": "text", "text": "What is in this picture?"}},
+      {{"type": "image_url", "image_url": {{"url": "{sample_picture()}"}}}}]}}]}}'
+"""
+
+
+def sample_picture(size: int = 16) -> str:
+    """A small picture as a data URL: a red square on blue, drawn here to need no file."""
+    inside = range(size // 4, 3 * size // 4)
+    rows = b"".join(
+        b"\0"
+        + b"".join(
+            b"\xd0\x30\x30" if x in inside and y in inside else b"\x30\x50\xc0" for x in range(size)
+        )
+        for y in range(size)
+    )
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows, 9))
+        + chunk(b"IEND", b"")
+    )
+    return "data:image/png;base64," + base64.b64encode(png).decode()

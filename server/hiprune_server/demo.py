@@ -1,0 +1,203 @@
+"""The demo checkpoint: a tiny LLaVA with real geometry and random weights, built on the spot.
+
+It shows every part of the road (24x24 patches of a 336-pixel picture, CLIP tower, projector,
+Llama text model, processor, tokenizer, chat template) but has learned nothing: answers are
+letters at random, the same for the same picture, question and budget.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hiprune_vllm import __version__
+
+NAME = "hiprune-demo"
+SEED = 20250801
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<image>{% endif %}"
+    "{% endfor %}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+MAX_NEW_TOKENS = 64  # without a limit of the client's: the model never ends an answer by itself
+
+
+def demo_checkpoint(cache: Path | None = None) -> Path:
+    """Path of the demo checkpoint, built on first use (seconds) and kept for the next start.
+
+    Args:
+        cache: folder to keep it in; by default `$XDG_CACHE_HOME/hiprune` or `~/.cache/hiprune`.
+    """
+    if cache is None:
+        home = os.environ.get("XDG_CACHE_HOME")
+        cache = (Path(home) if home else Path.home() / ".cache") / "hiprune"
+    target = cache / f"{NAME}-{__version__}-{SEED}"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
+    try:
+        build(scratch)
+        scratch.chmod(0o755)
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process has built it meanwhile
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def build(
+    folder: Path,
+    *,
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    siglip: bool = False,
+    seed: int = SEED,
+) -> None:
+    """Writes a LLaVA checkpoint with random weights.
+
+    Args:
+        folder: existing folder to write into.
+        vision, text, model: changes to the tower's, the text model's and LLaVA's configuration.
+        siglip: a SigLIP tower instead of CLIP.
+        seed: of the weights.
+    """
+    import torch
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        SiglipImageProcessor,
+        SiglipVisionConfig,
+    )
+
+    tokenizer = _tokenizer()
+    tower: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 9,
+        "image_size": 336,
+        "patch_size": 14,
+    } | (vision or {})
+    language: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 4096,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    } | (text or {})
+    config = LlavaConfig(
+        vision_config=(SiglipVisionConfig if siglip else CLIPVisionConfig)(**tower),
+        text_config=LlamaConfig(**language),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **{
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "full" if siglip else "default",
+            "tie_word_embeddings": False,
+            **(model or {}),
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        llava = LlavaForConditionalGeneration(config)
+        _spread(llava, tokenizer)
+    llava.generation_config.max_new_tokens = MAX_NEW_TOKENS
+    llava.save_pretrained(folder)
+    _rename_tower_weights(folder / "model.safetensors")
+
+    size = tower["image_size"]
+    images: Any = (
+        SiglipImageProcessor(size={"height": size, "width": size})
+        if siglip
+        else CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+    )
+    LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=tower["patch_size"],
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=0 if siglip else 1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def _tokenizer() -> Any:
+    """One token a byte: any text in any language, without a vocabulary to learn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=4096,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _spread(llava: Any, tokenizer: Any) -> None:
+    """Scales the random weights so that attention differs from token to token.
+
+    With the customary standard deviation of 0.02 all attention is nearly uniform, every token
+    scores the same and neither the picture nor the budget would change an answer.
+    """
+    import torch
+
+    letters = tokenizer("abcdefghijklmnopqrstuvwxyz ", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        for name, weight in llava.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name:
+                weight.normal_(0.0, weight[0].numel() ** -0.5)
+                if "q_proj" in name or "k_proj" in name:
+                    weight.mul_(2.0)
+        llava.get_input_embeddings().weight.normal_(0.0, 1.0)
+        # Only letters have logits worth mentioning: an answer is text, also when it is sampled.
+        head = torch.zeros_like(llava.lm_head.weight)
+        head[letters] = 6.0 * llava.lm_head.weight[letters]
+        llava.lm_head.weight.copy_(head)
+
+
+def _rename_tower_weights(path: Path) -> None:
+    """`vision_tower.*` to `vision_tower.vision_model.*`, the names of real LLaVA checkpoints."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    save_file(
+        {
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+            if not name.startswith("vision_tower.vision_model.")
+            else name: tensor
+            for name, tensor in weights.items()
+        },
+        path,
+        metadata={"format": "pt"},
+    )

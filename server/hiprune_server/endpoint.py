@@ -1,0 +1,79 @@
+"""vLLM endpoint plugin: puts the pruned chat handler in place and adds `GET /v1/hiprune`."""
+
+import argparse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import vllm
+from fastapi import FastAPI, Request
+from starlette.datastructures import State
+
+from hiprune_server.banner import banner
+from hiprune_server.chat import PrunedChat
+from hiprune_vllm import __version__
+from hiprune_vllm.plan import FULL, PlanError, PruningPlan, complete, schema
+
+
+class NoPruning:
+    """Stands in on an engine whose model the plugin does not serve."""
+
+    encoder = None
+    default = PruningPlan()
+
+    def __init__(self, architectures: list[str]) -> None:
+        self.unsupported = f"hiprune does not support {', '.join(architectures)}"
+
+    def parse(self, value: object) -> PruningPlan:
+        raise PlanError("hiprune", f"cannot be served: {self.unsupported}")
+
+
+class HiPruneEndpointPlugin:
+    """What vLLM's endpoint-plugin mechanism expects; loaded when named in VLLM_PLUGINS."""
+
+    name = "hiprune_api"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/hiprune", describe, methods=["GET"])
+        vllm_lifespan = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+            async with vllm_lifespan(app) as state:
+                print(banner(app.state.args, _model_name(app.state)), flush=True)
+                yield state
+
+        app.router.lifespan_context = lifespan
+
+    async def init_state(self, engine_client: Any, state: State, args: argparse.Namespace) -> None:
+        processor = engine_client.renderer.mm_processor
+        info = getattr(processor, "info", None)
+        architectures = list(engine_client.model_config.hf_config.architectures or ["this model"])
+        state.hiprune = getattr(info, "pruning", None) or NoPruning(architectures)
+        state.openai_serving_chat = PrunedChat.around(state.openai_serving_chat, state.hiprune)
+
+
+def _model_name(state: State) -> str:
+    name: str = state.openai_serving_models.base_model_paths[0].name
+    return name
+
+
+async def describe(raw_request: Request) -> dict[str, Any]:
+    """What this server prunes, with which defaults and within which limits."""
+    pruning = raw_request.app.state.hiprune
+    encoder = pruning.encoder
+    answer: dict[str, Any] = {
+        "model": _model_name(raw_request.app.state),
+        "supported": encoder is not None,
+        "versions": {"hiprune-vllm": __version__, "vllm": vllm.__version__},
+    }
+    if encoder is None:
+        return answer | {"reason": pruning.unsupported}
+    default = complete(pruning.default.over(FULL), encoder)
+    return answer | {
+        "family": encoder.family,
+        "encoder": {"output_layer": encoder.output_layer, "has_cls": encoder.has_cls},
+        "default": default.to_dict(),
+        "limits": schema(encoder),
+    }

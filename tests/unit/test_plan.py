@@ -1,0 +1,159 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hiprune_vllm.plan import (
+    FULL,
+    MAX_TOKENS,
+    Encoder,
+    PlanError,
+    PruningPlan,
+    complete,
+    parse_plan,
+    schema,
+)
+
+CLIP = Encoder(family="llava", output_layer=23, object_layer=9, has_cls=True)
+SIGLIP = dataclasses.replace(CLIP, has_cls=False)
+
+GOOD = [
+    {},
+    {"tokens": 1},
+    {"tokens": MAX_TOKENS},
+    {"ratio": 1},
+    {"ratio": 0.001},
+    {"alpha": 0},
+    {"alpha": 1.0},
+    {"object_layer": 1},
+    {"object_layer": 22},
+    {"buffer": "none"},
+    {"score": "cls"},
+    {"method": "stride", "tokens": 5},
+]
+
+
+@pytest.mark.parametrize("value", GOOD)
+def test_valid_plans_are_read_as_they_are(value):
+    assert parse_plan(value, CLIP).to_dict() == value
+
+
+BAD = [
+    (None, "hiprune", "must be an object, got null"),
+    ([], "hiprune", "must be an object, got an array"),
+    ("x", "hiprune", "must be an object, got 'x'"),
+    (3, "hiprune", "must be an object, got 3"),
+    (True, "hiprune", "must be an object, got true"),
+    ({"token": 5}, "hiprune.token", "is unknown; allowed are tokens, ratio"),
+    ({"tokens": 0}, "hiprune.tokens", "must be an integer in [1, 2147483647], got 0"),
+    ({"tokens": -1}, "hiprune.tokens", "got -1"),
+    ({"tokens": 1.0}, "hiprune.tokens", "got 1.0"),
+    ({"tokens": "192"}, "hiprune.tokens", "got '192'"),
+    ({"tokens": True}, "hiprune.tokens", "got true"),
+    ({"tokens": None}, "hiprune.tokens", "got null"),
+    ({"tokens": 2**31}, "hiprune.tokens", "got 2147483648"),
+    ({"tokens": 10**5000}, "hiprune.tokens", "got an integer of more than 60 digits"),
+    ({"tokens": {}}, "hiprune.tokens", "got an object"),
+    ({"ratio": 0}, "hiprune.ratio", "must be a number in (0, 1], got 0"),
+    ({"ratio": -0.0}, "hiprune.ratio", "got -0.0"),
+    ({"ratio": 1.5}, "hiprune.ratio", "got 1.5"),
+    ({"ratio": float("nan")}, "hiprune.ratio", "got nan"),
+    ({"ratio": float("inf")}, "hiprune.ratio", "got inf"),
+    ({"ratio": 10**400}, "hiprune.ratio", "got an integer of more than 60 digits"),
+    ({"ratio": "0.5"}, "hiprune.ratio", "got '0.5'"),
+    ({"ratio": False}, "hiprune.ratio", "got false"),
+    ({"tokens": 5, "ratio": 0.5}, "hiprune", "must not have both tokens and ratio"),
+    ({"alpha": -0.1}, "hiprune.alpha", "must be a number in [0, 1], got -0.1"),
+    ({"alpha": 1.01}, "hiprune.alpha", "got 1.01"),
+    ({"object_layer": 0}, "hiprune.object_layer", "must be an integer in [1, 22], got 0"),
+    ({"object_layer": 23}, "hiprune.object_layer", "got 23"),
+    ({"object_layer": 9.0}, "hiprune.object_layer", "got 9.0"),
+    ({"object_layer": "9"}, "hiprune.object_layer", "got '9'"),
+    ({"buffer": "plus"}, "hiprune.buffer", "must be one of none, row, cross, square, got 'plus'"),
+    ({"buffer": ["row"]}, "hiprune.buffer", "got an array"),
+    ({"score": "local"}, "hiprune.score", "must be one of global, cls, got 'local'"),
+    ({"method": "HiPrune"}, "hiprune.method", "must be one of hiprune, attention, random, stride"),
+    ({"x" * 500: 1}, "hiprune." + "x" * 77 + "...", "is unknown"),
+]
+
+
+@pytest.mark.parametrize(("value", "field", "message"), BAD)
+def test_invalid_plans_are_refused_with_field_expectation_and_value(value, field, message):
+    with pytest.raises(PlanError) as error:
+        parse_plan(value, CLIP)
+    assert error.value.field == field
+    assert message in str(error.value)
+    assert str(error.value).startswith(field)
+    assert len(str(error.value)) < 300
+
+
+def test_cls_scores_need_an_encoder_with_a_cls_token():
+    with pytest.raises(PlanError, match="no CLS token") as error:
+        parse_plan({"score": "cls"}, SIGLIP)
+    assert error.value.field == "hiprune.score"
+
+
+def test_what_a_plan_leaves_open_the_next_in_precedence_decides():
+    base = PruningPlan(tokens=192, alpha=0.3, buffer="row")
+    assert PruningPlan().over(base) == base
+    assert PruningPlan(alpha=0.0).over(base) == PruningPlan(tokens=192, alpha=0.0, buffer="row")
+    assert PruningPlan(ratio=0.5).over(base) == PruningPlan(ratio=0.5, alpha=0.3, buffer="row")
+
+
+def test_both_spellings_of_a_budget_resolve_to_the_same_one():
+    by_ratio = parse_plan({"ratio": 0.3333}, CLIP).resolve(576, CLIP)
+    assert by_ratio == parse_plan({"tokens": 192}, CLIP).resolve(576, CLIP)
+    assert by_ratio.object_layer == 9
+    assert by_ratio.anchors == 4
+
+
+def test_the_full_plan_prunes_nothing():
+    assert FULL.resolve(576, CLIP).is_full
+    assert PruningPlan().resolve(576, CLIP).is_full
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+keys = st.sampled_from([f.name for f in dataclasses.fields(PruningPlan)]) | st.text()
+
+
+@given(values | st.dictionaries(keys, values, max_size=4))
+def test_whatever_comes_is_either_served_exactly_or_refused(value):
+    try:
+        plan = parse_plan(value, CLIP)
+    except PlanError:
+        return
+    assert plan.to_dict() == value
+    assert 1 <= plan.resolve(576, CLIP).keep <= 576
+
+
+def test_the_published_schema_agrees_with_the_parser():
+    published = schema(CLIP)
+    assert list(published) == [f.name for f in dataclasses.fields(PruningPlan)]
+    json.dumps(published)
+    for knob, rule in published.items():
+        for edge in ("minimum", "maximum"):
+            if edge in rule:
+                parse_plan({knob: rule[edge]}, CLIP)
+        if "exclusiveMinimum" in rule:
+            with pytest.raises(PlanError):
+                parse_plan({knob: rule["exclusiveMinimum"]}, CLIP)
+        if "maximum" in rule:
+            with pytest.raises(PlanError):
+                parse_plan({knob: rule["maximum"] + 1}, CLIP)
+        for name in rule.get("enum", ()):
+            parse_plan({knob: name}, CLIP)
+    assert schema(SIGLIP)["score"]["enum"] == ["global"]
+    assert complete(PruningPlan(), CLIP).to_dict() == {
+        "ratio": 1.0,
+        "alpha": 0.1,
+        "object_layer": 9,
+        "buffer": "cross",
+        "score": "global",
+        "method": "hiprune",
+    }

@@ -1,0 +1,17 @@
+"""HiPrune visual-token pruning as a vLLM plugin.
+
+Importing this package costs nothing: neither torch nor vLLM is loaded before `register` runs.
+"""
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; vLLM calls it once in every process.
+
+    Raises:
+        RuntimeError: the installed vLLM is outside the tested range (message names both).
+    """
+    from hiprune_vllm.engine.registration import register_models
+
+    register_models()

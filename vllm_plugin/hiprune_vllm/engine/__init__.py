@@ -1,0 +1,1 @@
+"""The only home of vLLM internals: version gate, registration, processing, model classes."""

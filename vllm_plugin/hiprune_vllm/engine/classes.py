@@ -1,0 +1,39 @@
+"""vLLM's model classes with pruning in front, each registered with its processor."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import InputProcessingContext
+
+from hiprune_vllm.engine.model import PrunedModel
+from hiprune_vllm.engine.processing import PrunedProcessor, split_context
+from hiprune_vllm.models.base import FamilyAdapter
+from hiprune_vllm.models.llava import LlavaAdapter
+
+
+def _register(vllm_class: Any, family: FamilyAdapter) -> Callable[[Any], Any]:
+    """Class decorator: registers `vllm_class`'s own processor factories with pruning in front."""
+    stock = vllm_class._processor_factory
+
+    def build_info(ctx: InputProcessingContext) -> Any:
+        ctx, pruning = split_context(ctx, family)
+        info = stock.info(ctx)
+        info.pruning = pruning
+        return info
+
+    def build_processor(info: Any, dummy_inputs: Any) -> Any:
+        # vLLM's factory picks a processor class by checkpoint; whichever it is gets the mixin.
+        plain = type(stock.processor(info, dummy_inputs))
+        pruned = type(f"HiPrune{plain.__name__}", (PrunedProcessor, plain), {})
+        return pruned(info, dummy_inputs)
+
+    return MULTIMODAL_REGISTRY.register_processor(
+        build_processor, info=build_info, dummy_inputs=stock.dummy_inputs
+    )
+
+
+@_register(LlavaForConditionalGeneration, LlavaAdapter())
+class HiPruneLlava(PrunedModel, LlavaForConditionalGeneration):
+    family = LlavaAdapter()

@@ -1,0 +1,1 @@
+"""One thin adapter a model family: only what differs from vLLM's own class."""

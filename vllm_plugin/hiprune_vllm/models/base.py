@@ -1,0 +1,100 @@
+"""What a model family has to say about itself, and what every family needs."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hiprune_vllm.plan import Encoder
+from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.record import SumOverRanks
+from hiprune_vllm.pruning.select import kept_indices
+
+
+class UnsupportedCheckpoint(ValueError):
+    """A checkpoint of a known family whose encoder cannot be pruned; the message says why."""
+
+
+class FamilyAdapter(Protocol):
+    """A model family. All methods are stateless."""
+
+    def encoder(self, hf_config: Any) -> Encoder:
+        """Reads what the encoder allows from the checkpoint's configuration.
+
+        Raises:
+            UnsupportedCheckpoint: the encoder cannot be pruned.
+        """
+        ...
+
+    def tokens_full(self, info: Any, images: Any, index: int) -> int:
+        """N of `images[index]`, by vLLM's own arithmetic in its processing `info`."""
+        ...
+
+    def embed(
+        self,
+        model: Any,
+        budgets: Sequence[ImageBudget],
+        sum_over_ranks: SumOverRanks | None,
+        max_tokens: int,
+        **kwargs: object,
+    ) -> list[torch.Tensor]:
+        """Encodes a batch of images and projects the kept tokens only.
+
+        Args:
+            model: the vLLM model.
+            budgets: one an image.
+            sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
+            max_tokens: unpruned visual tokens that one tower forward may hold, where one image
+                fits at all.
+            kwargs: the model's own multimodal inputs of the batch.
+
+        Returns:
+            One (budget.keep, text width) tensor an image, in order.
+        """
+        ...
+
+
+def choose(
+    budgets: Sequence[ImageBudget],
+    scores: dict[tuple[int, str, int], torch.Tensor],
+    *,
+    output_layer: int,
+    count: int,
+    columns: int,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Kept indices of every image of a batch whose images all have `count` tokens.
+
+    Images with the same budget are selected together: one set of kernels for all of them.
+
+    Returns:
+        One (budget.keep,) int64 tensor an image, ascending.
+    """
+    groups: dict[ImageBudget, list[int]] = {}
+    for row, budget in enumerate(budgets):
+        groups.setdefault(budget, []).append(row)
+    chosen: dict[int, torch.Tensor] = {}
+    for budget, rows in groups.items():
+
+        def stacked(
+            layer: int, budget: ImageBudget = budget, rows: list[int] = rows
+        ) -> torch.Tensor:
+            return torch.stack([scores[layer, budget.score, row] for row in rows])
+
+        kept = kept_indices(
+            budget,
+            count=count,
+            columns=columns,
+            batch=len(rows),
+            device=device,
+            object_scores=stacked(budget.object_layer) if budget.anchors else None,
+            output_scores=stacked(output_layer) if budget.needs_attention else None,
+        )
+        chosen.update(zip(rows, kept, strict=True))
+    return [chosen[row] for row in range(len(budgets))]
+
+
+def encoder_layers(transformer: nn.Module) -> list[nn.Module]:
+    """Attention modules of a CLIP or SigLIP transformer's blocks, in order."""
+    return [block.self_attn.attn for block in transformer.encoder.layers]  # type: ignore[union-attr]

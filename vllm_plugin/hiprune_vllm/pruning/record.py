@@ -1,0 +1,119 @@
+"""Reads Q and K of a vision tower while it runs and turns them into scores.
+
+A recorder hangs on the attention modules of the layers that the images at hand need, and only
+while it records; the modules' own results are not touched, and nothing else in the process is.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.scores import attention_received
+
+
+class EncoderAttention(Protocol):
+    """What is read off an attention module: called as `module(query, key, value, ...)`."""
+
+    num_heads: int
+    head_size: int
+    scale: float
+
+
+SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
+"""Adds per-rank partial sums so that every rank gets bit-identical totals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One thing to record: `rows` of the batch, at 1-based `layer`, in score kind `score`."""
+
+    layer: int
+    score: str
+    rows: tuple[int, ...]
+
+
+def wanted_scores(budgets: Sequence[ImageBudget], output_layer: int) -> list[Wanted]:
+    """Which scores a batch needs: row i of the batch is the image with `budgets[i]`."""
+    rows: dict[tuple[int, str], list[int]] = {}
+    for row, budget in enumerate(budgets):
+        if budget.needs_attention:
+            rows.setdefault((output_layer, budget.score), []).append(row)
+            if budget.anchors:
+                rows.setdefault((budget.object_layer, budget.score), []).append(row)
+    return [Wanted(layer, score, tuple(found)) for (layer, score), found in rows.items()]
+
+
+class ScoreRecorder:
+    """Scores of chosen layers of one vision tower whose batch rows are whole images.
+
+    Args:
+        layers: attention modules of all executed blocks, in order; `layers[0]` is layer 1.
+        heads: H, attention heads of a block over all ranks.
+        leading_tokens: tokens before the image's own (1 with a CLS token); they count among the
+            tokens that attend, their own columns are dropped (Eq. 2).
+        sum_over_ranks: with tensor parallelism, where each rank holds some heads.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        heads: int,
+        leading_tokens: int,
+        sum_over_ranks: SumOverRanks | None = None,
+    ) -> None:
+        self._layers = layers
+        self._heads = heads
+        self._leading = leading_tokens
+        self._sum_over_ranks = sum_over_ranks
+
+    @contextmanager
+    def recording(
+        self, wanted: Sequence[Wanted]
+    ) -> Iterator[dict[tuple[int, str, int], torch.Tensor]]:
+        """While inside, fills the yielded dict: (layer, score, batch row) -> (N,) fp32 scores."""
+        scores: dict[tuple[int, str, int], torch.Tensor] = {}
+        handles = []
+        try:
+            for item in wanted:
+                module = self._layers[item.layer - 1]
+                handles.append(
+                    module.register_forward_pre_hook(self._hook(item, scores), with_kwargs=True)
+                )
+            yield scores
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(
+        self, item: Wanted, scores: dict[tuple[int, str, int], torch.Tensor]
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            query = args[0] if args else kwargs["query"]
+            key = args[1] if len(args) > 1 else kwargs["key"]
+            received = self._received(cast(EncoderAttention, module), query, key, item)
+            for row, values in zip(item.rows, received, strict=True):
+                scores[item.layer, item.score, row] = values
+
+        return record
+
+    def _received(
+        self, module: EncoderAttention, query: torch.Tensor, key: torch.Tensor, item: Wanted
+    ) -> torch.Tensor:
+        batch, tokens = query.shape[:2]
+        shape = (batch, tokens, module.num_heads, module.head_size)
+        query, key = query.reshape(shape), key.reshape(shape)
+        if item.rows != tuple(range(batch)):
+            rows = list(item.rows)
+            query, key = query[rows], key[rows]
+        received = attention_received(
+            query, key, module.scale, from_first_only=item.score == "cls"
+        )[:, self._leading :]
+        if self._sum_over_ranks is not None:
+            received = self._sum_over_ranks(received)
+        return received / self._heads
