@@ -18,12 +18,8 @@ def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def scores(attention: torch.Tensor, *, has_cls: bool, cls_only: bool = False) -> list[float]:
     """a_j of Eq. 2-3 from the full (H, T, T) attention of one image."""
-    heads, tokens, _ = attention.shape
-    attending = [0] if cls_only else range(tokens)
-    received = [
-        sum(float(attention[h, n, j]) for h in range(heads) for n in attending) / heads
-        for j in range(tokens)
-    ]
+    attending = attention[:, :1] if cls_only else attention
+    received: list[float] = (attending.double().sum(dim=1).sum(dim=0) / len(attention)).tolist()
     return received[1:] if has_cls else received
 
 

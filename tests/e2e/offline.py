@@ -1,0 +1,85 @@
+"""Runs vLLM in a process of its own, so that every engine of the tests starts on clean ground."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+PROMPT = "<s>USER: <image>\nWhat is this?\nASSISTANT: "
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def _call(function: Callable[..., Any], environment: dict[str, str], args: tuple[Any, ...]) -> Any:
+    os.environ.update(environment)
+    return function(*args)
+
+
+def in_new_process(
+    function: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None
+) -> Any:
+    """Result of a module-level function in a fresh process with vLLM's environment set."""
+    variables = ENVIRONMENT | (environment or {})
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_call, function, variables, args).result()
+
+
+def engine(model: str, **options: Any) -> Any:
+    """A small offline engine. In-process where the environment says so (`IN_PROCESS`)."""
+    from vllm import LLM
+
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        options.setdefault("distributed_executor_backend", "uni")
+    return LLM(
+        model,
+        **{
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "max_num_seqs": 32,
+            "enforce_eager": True,
+            "max_logprobs": -1,
+            "disable_log_stats": True,
+            **options,
+        },
+    )
+
+
+def request(images: Any, hiprune: dict[str, Any] | None, **extra: Any) -> dict[str, Any]:
+    """A prompt dict for `LLM.generate` with one image or several."""
+    count = len(images) if isinstance(images, list) else 1
+    return {
+        "prompt": PROMPT.replace("<image>", "<image>" * count),
+        "multi_modal_data": {"image": images},
+        **({} if hiprune is None else {"mm_processor_kwargs": {"hiprune": hiprune}}),
+        **extra,
+    }
+
+
+def generate(llm: Any, requests: list[dict[str, Any]], max_tokens: int = 8) -> list[dict[str, Any]]:
+    """Greedy answers: prompt length, token ids, and the log-probabilities of each step."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=-1)
+    return [
+        {
+            "prompt_tokens": len(output.prompt_token_ids),
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [
+                [step[i].logprob for i in range(len(step))] for step in output.outputs[0].logprobs
+            ],
+        }
+        for output in llm.generate(requests, sampling, use_tqdm=False)
+    ]
+
+
+def worker_model(llm: Any) -> Any:
+    """The model of an in-process engine."""
+    return llm.llm_engine.model_executor.driver_worker.worker.get_model()
