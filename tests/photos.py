@@ -2,6 +2,7 @@
 
 import base64
 import io
+from typing import Any
 
 from PIL import Image
 from skimage import data
@@ -20,7 +21,7 @@ def photo(name: str) -> Image.Image:
     return Image.fromarray(arrays[name]())
 
 
-def data_url(image: Image.Image, kind: str = "PNG") -> str:
+def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

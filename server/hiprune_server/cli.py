@@ -18,9 +18,10 @@ _ANY_ENCODER = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=Tr
 """Allows whatever some model allows: the model's own limits are checked once it is known."""
 
 _DEMO_FLAGS = {
-    "--served-model-name": demo.NAME,
-    "--host": "127.0.0.1",
-    "--max-model-len": "4096",
+    "--served-model-name": f"={demo.NAME}",
+    "--host": "=127.0.0.1",
+    "--max-model-len": "=4096",
+    "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, rest = parse_own(sys.argv[1:] if argv is None else argv)
     allow_plugins()
     if own.demo:
-        flags = [f"{flag}={v}" for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
+        flags = [flag + v for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
         rest = [str(demo.demo_checkpoint()), *flags, *rest]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; hundreds of demo requests
     serve(rest, own.hiprune_default)
