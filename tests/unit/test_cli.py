@@ -1,0 +1,114 @@
+import argparse
+import json
+import os
+from importlib.metadata import entry_points
+
+import pytest
+
+from hiprune_server import cli
+from hiprune_server.banner import banner, sample_picture
+
+
+def test_other_flags_are_vllms_untouched():
+    argv = ["some/model", "--port", "81", "--hiprune-default", '{"tokens": 192}', "-tp", "2"]
+    own, rest = cli.parse_own(argv)
+    assert own.hiprune_default == {"tokens": 192}
+    assert not own.demo
+    assert rest == ["some/model", "--port", "81", "-tp", "2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name a MODEL to serve, or use --demo"),
+        (["--demo", "some/model"], "--demo serves its own model"),
+        (["--demo", "--model=x"], "--demo serves its own model"),
+        (["m", "--hiprune-default", "192"], "hiprune must be an object, got 192"),
+        (["m", "--hiprune-default", "{tokens: 1}"], "must be a JSON object"),
+        (["m", "--hiprune-default", '{"tokens": 0}'], "hiprune.tokens must be an integer"),
+        (["m", "--hiprune-defaults", "{}"], "unknown flag --hiprune-defaults"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_own(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def served(argv, monkeypatch, tmp_path):
+    """What `main` hands to vLLM."""
+    calls = []
+    monkeypatch.setattr(cli, "serve", lambda flags, default: calls.append((list(flags), default)))
+    monkeypatch.setattr(cli.demo, "demo_checkpoint", lambda: tmp_path)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    cli.main(argv)
+    (call,) = calls
+    return call
+
+
+def test_the_demo_has_flags_of_its_own_that_can_be_overridden(monkeypatch, tmp_path):
+    flags, default = served(["--demo", "--port", "9", "--host", "::"], monkeypatch, tmp_path)
+    assert flags[0] == str(tmp_path)
+    assert "--served-model-name=hiprune-demo" in flags
+    assert not any(flag.startswith("--host=") for flag in flags)
+    assert flags[-4:] == ["--port", "9", "--host", "::"]
+    assert default is None
+
+
+def test_both_plugins_are_allowed_and_others_stay(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    cli.allow_plugins()
+    assert os.environ["VLLM_PLUGINS"] == "other,hiprune,hiprune_api"
+    monkeypatch.delenv("VLLM_PLUGINS")
+    cli.allow_plugins()
+    names = os.environ["VLLM_PLUGINS"].split(",")
+    assert {"hiprune", "hiprune_api"} <= set(names)
+    for point in entry_points(group="vllm.general_plugins"):
+        assert point.name in names
+
+
+def arguments(**changes):
+    standard = {"host": "127.0.0.1", "port": 8000, "ssl_certfile": None, "api_key": None}
+    return argparse.Namespace(**(standard | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "address"),
+    [
+        ({}, "http://127.0.0.1:8000/v1"),
+        ({"host": None}, "http://127.0.0.1:8000/v1"),
+        ({"host": "0.0.0.0", "port": 1}, "http://127.0.0.1:1/v1"),
+        ({"host": "::"}, "http://[::1]:8000/v1"),
+        ({"host": "fe80::1"}, "http://[fe80::1]:8000/v1"),
+        ({"host": "gpu-1", "ssl_certfile": "x"}, "https://gpu-1:8000/v1"),
+    ],
+)
+def test_the_banner_names_model_address_and_a_budget(changes, address):
+    text = banner(arguments(**changes), "my-model")
+    assert f"my-model at {address}" in text
+    assert f"curl -s {address}/chat/completions" in text
+    body = text[text.index("-d '") + 4 : text.rindex("'")]
+    request = json.loads(body)
+    assert request["model"] == "my-model"
+    assert request["hiprune"] == {"tokens": 192}
+
+
+def test_the_banner_keeps_the_api_key_to_itself():
+    text = banner(arguments(api_key=["secret"]), "my-model")
+    assert "secret" not in text
+    assert "Bearer $API_KEY" in text
+
+
+def test_the_sample_picture_is_a_picture():
+    import base64
+    import io
+
+    from PIL import Image
+
+    data = base64.b64decode(sample_picture().split(",")[1])
+    image = Image.open(io.BytesIO(data))
+    assert image.size == (16, 16)
+    assert image.getpixel((0, 0)) == (0x30, 0x50, 0xC0)
+    assert image.getpixel((8, 8)) == (0xD0, 0x30, 0x30)

