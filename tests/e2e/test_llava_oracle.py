@@ -27,20 +27,20 @@ def plans(scores):
 @contextmanager
 def spy_on_selection():
     """Collects the kept indices of every image that the engine encodes, in order."""
-    from hiprune_vllm.models import llava
+    from hiprune_vllm.models import tiles
 
-    kept, choose = [], llava.choose
+    kept, choose = [], tiles.choose
 
     def spy(*args, **kwargs):
         chosen = choose(*args, **kwargs)
         kept.extend(index.tolist() for index in chosen)
         return chosen
 
-    llava.choose = spy
+    tiles.choose = spy
     try:
         yield kept
     finally:
-        llava.choose = choose
+        tiles.choose = choose
 
 
 def forget(llm):

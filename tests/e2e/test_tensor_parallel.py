@@ -26,21 +26,21 @@ class Probe:
         self.pixels, self.rows = pixels, rows
 
     def __call__(self, model):
-        from hiprune_vllm.models import llava
+        from hiprune_vllm.models import tiles
 
-        kept, choose = [], llava.choose
+        kept, choose = [], tiles.choose
 
         def spy(*args, **kwargs):
             chosen = choose(*args, **kwargs)
             kept.extend(index.tolist() for index in chosen)
             return chosen
 
-        llava.choose = spy
+        tiles.choose = spy
         try:
             with torch.inference_mode():
                 model.embed_multimodal(pixel_values=self.pixels, hiprune_budget=self.rows)
         finally:
-            llava.choose = choose
+            tiles.choose = choose
         return kept
 
 

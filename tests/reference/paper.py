@@ -49,13 +49,16 @@ def select(
     alpha: float,
     columns: int,
     buffer: str,
+    allowed: Sequence[int] | None = None,
 ) -> list[int]:
+    """`allowed`: tokens that may be kept (section 4: none of the anyres grid's padding)."""
     count = len(output_scores)
+    candidates = list(range(count)) if allowed is None else list(allowed)
     wanted = round(alpha * keep / (1 + PER_ANCHOR[buffer]))
-    anchors = best(range(count), object_scores, wanted)
+    anchors = best(candidates, object_scores, wanted)
     around = {j for i in anchors for j in neighbours(i, columns, count, buffer)} - set(anchors)
-    buffers = best(sorted(around), object_scores, keep - len(anchors))
+    buffers = best(sorted(around & set(candidates)), object_scores, keep - len(anchors))
     chosen = set(anchors) | set(buffers)
-    rest = [i for i in range(count) if i not in chosen]
+    rest = [i for i in candidates if i not in chosen]
     registers = best(rest, output_scores, keep - len(chosen))
     return sorted(chosen | set(registers))

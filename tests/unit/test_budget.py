@@ -2,7 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiprune_vllm.pruning.budget import BUFFERS, METHODS, ImageBudget, anchor_count, tokens_kept
+from hiprune_vllm.pruning.budget import (
+    BUFFERS,
+    METHODS,
+    ImageBudget,
+    anchor_count,
+    spread,
+    tokens_kept,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,7 @@ def test_knobs_that_change_nothing_do_not_change_the_budget():
     assert budget(alpha=0.0) == budget(method="attention", buffer="row", object_layer=3)
     assert budget(method="stride", score="cls") == budget(method="stride")
     assert budget(seed=5) == budget(seed=6)
-    assert budget(alpha=0.1) == budget(alpha=0.11)  # one anchor either way
+    assert budget(keep=20) == budget(keep=20, method="attention")  # 20 tokens have no anchor
 
 
 def test_knobs_that_change_the_tokens_change_the_budget():
@@ -114,3 +121,43 @@ def test_a_budget_survives_the_trip_to_the_worker(
     assert ImageBudget.from_ints(row) == sent
     assert all(0 <= value < 2**63 for value in row)
     assert sent.keep == min(keep, full)
+
+
+places = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=7)
+
+
+@given(places, st.data())
+def test_spread_adds_up_within_the_caps_and_is_fair(pairs, data):
+    weights, caps = [w for w, _ in pairs], [c for _, c in pairs]
+    room = sum(cap for weight, cap in pairs if weight)
+    total = data.draw(st.integers(0, room))
+    shares = spread(total, weights, caps)
+    assert sum(shares) == total
+    for share, (weight, cap) in zip(shares, pairs, strict=True):
+        assert 0 <= share <= cap
+        assert weight or not share
+    # Fair: whoever is not full has at least its weight's worth, to one token.
+    for i, (weight, cap) in enumerate(pairs):
+        for j, (other, _) in enumerate(pairs):
+            if weight and other and shares[i] < cap:
+                assert (shares[i] + 1) * other >= (shares[j] - 1) * weight
+
+
+def test_spread_by_example():
+    assert spread(320, [1] * 5, [576] * 5) == [64] * 5
+    assert spread(322, [1] * 5, [576] * 5) == [65, 65, 64, 64, 64]
+    assert spread(100, [1, 1, 1], [576, 10, 576]) == [45, 10, 45]
+    assert spread(10, [576, 288], [576, 288]) == [7, 3]
+    assert spread(5, [1, 1], [2, 3]) == [2, 3]
+    assert spread(0, [1, 2], [5, 5]) == [0, 0]
+    with pytest.raises(ValueError, match="does not fit"):
+        spread(6, [1, 1], [2, 3])
+
+
+def test_a_part_keeps_the_knobs_and_draws_for_itself():
+    whole = budget(full=2880, keep=640, alpha=0.5, method="hiprune")
+    tile = whole.part(576, 128, 2)
+    assert (tile.full, tile.keep, tile.alpha, tile.anchors) == (576, 128, 0.5, 13)
+    assert whole.part(576, 576, 0).is_full
+    drawn = budget(method="random", seed=2**63 - 1)
+    assert {drawn.part(576, 10, i).seed for i in range(3)} == {2**63 - 1, 0, 1}

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from hiprune_vllm.pruning.budget import BUFFERS, METHODS, ImageBudget, anchor_count
 from hiprune_vllm.pruning.neighbours import buffer_mask, offsets
 from hiprune_vllm.pruning.select import (
+    Region,
+    attention_indices,
     hiprune_indices,
     kept_indices,
-    random_indices,
+    random_scores,
     stride_indices,
 )
 from tests.reference import paper
@@ -97,6 +99,57 @@ def test_a_full_budget_keeps_every_token(problem):
     assert torch.equal(run(problem)[0], torch.arange(problem["keep"]))
 
 
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.sampled_from(METHODS), st.data())
+def test_nothing_outside_the_region_is_kept(problem, method, data):
+    batch, count = problem["output_scores"].shape
+    columns = problem["columns"]
+    rows = count // columns
+    top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
+    bottom = data.draw(st.integers(top + 1, rows))
+    right = data.draw(st.integers(left + 1, columns))
+    region = Region(top, bottom, left, right)
+    inside = [
+        i for i in range(count) if top <= i // columns < bottom and left <= i % columns < right
+    ]
+    assert region.size == len(inside)
+    keep = data.draw(st.integers(1, len(inside)))
+    budget = ImageBudget.of(
+        len(inside),
+        keep,
+        method=method,
+        alpha=problem["alpha"],
+        buffer=problem["buffer"],
+        object_layer=1,
+        score="global",
+        seed=7,
+    )
+    kept = kept_indices(
+        budget,
+        count=count,
+        columns=columns,
+        batch=batch,
+        device=torch.device("cpu"),
+        object_scores=problem["object_scores"],
+        output_scores=problem["output_scores"],
+        region=region,
+    )
+    for image, row in enumerate(kept.tolist()):
+        assert len(row) == keep
+        assert row == sorted(set(row))
+        assert set(row) <= set(inside)
+        if budget.needs_attention:
+            assert row == paper.select(
+                problem["object_scores"][image].tolist(),
+                problem["output_scores"][image].tolist(),
+                keep=keep,
+                alpha=problem["alpha"] if method == "hiprune" else 0.0,
+                columns=columns,
+                buffer=problem["buffer"],
+                allowed=inside,
+            )
+
+
 def test_ties_break_by_lower_index():
     flat = torch.zeros(1, 12)
     kept = hiprune_indices(flat, flat, keep=5, anchors=1, columns=4, buffer="none")
@@ -151,7 +204,7 @@ def test_unknown_buffer_schemes_are_refused():
 
 def test_random_is_the_same_for_a_seed_and_differs_between_seeds():
     device = torch.device("cpu")
-    draws = [random_indices(576, keep=64, seed=seed, device=device) for seed in (1, 1, 2)]
+    draws = [random_scores(576, seed=seed, device=device) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -159,7 +212,8 @@ def test_random_is_the_same_for_a_seed_and_differs_between_seeds():
 def test_random_draws_every_token_equally_often():
     counts = torch.zeros(20)
     for seed in range(2000):
-        counts[random_indices(20, keep=5, seed=seed, device=torch.device("cpu"))] += 1
+        drawn = random_scores(20, seed=seed, device=torch.device("cpu"))
+        counts[attention_indices(drawn, keep=5)[0]] += 1
     assert (counts - 500).abs().max() < 100  # five standard deviations of 19.4
 
 

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.record import SumOverRanks
-from hiprune_vllm.pruning.select import kept_indices
+from hiprune_vllm.pruning.select import Region, kept_indices
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -63,19 +62,28 @@ def choose(
     count: int,
     columns: int,
     device: torch.device,
+    regions: Sequence[Region | None] | None = None,
 ) -> list[torch.Tensor]:
-    """Kept indices of every image of a batch whose images all have `count` tokens.
+    """Kept indices of every picture of a batch whose pictures all have `count` tokens.
 
-    Images with the same budget are selected together: one set of kernels for all of them.
+    Pictures with the same budget are selected together: one set of kernels for all of them.
+
+    Args:
+        budgets: one a picture.
+        scores: (layer, score, picture) -> (count,).
+        output_layer: 1-based.
+        count, columns: the grid.
+        device: of the indices.
+        regions: the part of each picture that may be kept; None for all of it.
 
     Returns:
-        One (budget.keep,) int64 tensor an image, ascending.
+        One (budget.keep,) int64 tensor a picture, ascending.
     """
-    groups: dict[ImageBudget, list[int]] = {}
+    groups: dict[tuple[ImageBudget, Region | None], list[int]] = {}
     for row, budget in enumerate(budgets):
-        groups.setdefault(budget, []).append(row)
+        groups.setdefault((budget, regions[row] if regions else None), []).append(row)
     chosen: dict[int, torch.Tensor] = {}
-    for budget, rows in groups.items():
+    for (budget, region), rows in groups.items():
 
         def stacked(
             layer: int, budget: ImageBudget = budget, rows: list[int] = rows
@@ -90,11 +98,7 @@ def choose(
             device=device,
             object_scores=stacked(budget.object_layer) if budget.anchors else None,
             output_scores=stacked(output_layer) if budget.needs_attention else None,
+            region=region,
         )
         chosen.update(zip(rows, kept, strict=True))
     return [chosen[row] for row in range(len(budgets))]
-
-
-def encoder_layers(transformer: nn.Module) -> list[nn.Module]:
-    """Attention modules of a CLIP or SigLIP transformer's blocks, in order."""
-    return [block.self_attn.attn for block in transformer.encoder.layers]  # type: ignore[union-attr]

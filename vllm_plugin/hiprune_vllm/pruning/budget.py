@@ -1,5 +1,6 @@
 """How many tokens stay: integers only, decided before any pixel is encoded."""
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +14,7 @@ METHODS: Final = ("hiprune", "attention", "random", "stride")
 
 _FULL: Final = "full"
 _METHOD_CODES: Final = (*METHODS, _FULL)
+_FLOAT, _FLOAT_BITS = struct.Struct("<d"), struct.Struct("<q")
 
 
 def tokens_kept(full: int, *, tokens: int | None = None, ratio: float | None = None) -> int:
@@ -50,16 +52,60 @@ def anchor_count(keep: int, alpha: float, buffer: str) -> int:
     return round(alpha * keep / (1 + NEIGHBOURS_PER_ANCHOR[buffer]))
 
 
+def spread(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """Splits `total` in proportion to `weights`, never more than `caps` in one place.
+
+    Largest remainder, ties to the lower index; what a full place cannot take goes to the others
+    in the same proportion.
+
+    Args:
+        total: in [0, sum(caps)].
+        weights: >= 0 each; places of weight 0 get nothing.
+        caps: >= 0 each.
+
+    Returns:
+        One integer in [0, cap] a place, adding up to exactly `total`.
+
+    Raises:
+        ValueError: `total` does not fit.
+    """
+    if not 0 <= total <= sum(cap for cap, weight in zip(caps, weights, strict=True) if weight):
+        raise ValueError(f"{total} does not fit into {list(caps)} with weights {list(weights)}")
+    shares = [0] * len(weights)
+    open_places = [i for i, weight in enumerate(weights) if weight]
+    left = total
+    while open_places:
+        whole = sum(weights[i] for i in open_places)
+        over = [i for i in open_places if left * weights[i] >= caps[i] * whole]
+        if not over:
+            break
+        # Filling up the fullest ones only raises the others' quotas, so all of these stay full.
+        for i in over:
+            shares[i] = caps[i]
+        left -= sum(caps[i] for i in over)
+        open_places = [i for i in open_places if i not in over]
+    if not open_places:
+        return shares
+    whole = sum(weights[i] for i in open_places)
+    for i in open_places:
+        shares[i] = left * weights[i] // whole
+    rest = left - sum(shares[i] for i in open_places)
+    for i in sorted(open_places, key=lambda i: (-(left * weights[i] % whole), i))[:rest]:
+        shares[i] += 1
+    return shares
+
+
 @dataclass(frozen=True, slots=True)
 class ImageBudget:
-    """Everything the worker has to know about one image: plain integers and names.
+    """Everything the worker has to know about one image: plain numbers and names.
 
     Two requests that keep the same tokens for the same reason have equal budgets, whichever
     spelling asked for it, so that they share cache entries. Build one with `ImageBudget.of`.
 
     Attributes:
+        full: tokens of the unpruned image.
         keep: N', tokens that stay.
-        anchors: N_a, anchors among them; 0 where the object layer plays no part.
+        alpha: share of anchors and buffers together; 0.0 where the object layer plays no part.
         buffer: buffer scheme; `none` without anchors.
         object_layer: 1-based layer that anchors and buffers are scored on; 0 without anchors.
         score: `global` or `cls`; `global` where no attention is used.
@@ -67,8 +113,9 @@ class ImageBudget:
         seed: seeds `random`, in [0, 2**63); 0 otherwise.
     """
 
+    full: int
     keep: int
-    anchors: int
+    alpha: float
     buffer: str
     object_layer: int
     score: str
@@ -90,28 +137,49 @@ class ImageBudget:
     ) -> "ImageBudget":
         """Canonical budget of an image with `full` tokens of which `keep` stay."""
         if keep >= full:
-            return cls(full, 0, "none", 0, "global", _FULL)
-        if method in ("random", "stride"):
-            return cls(keep, 0, "none", 0, "global", method, seed if method == "random" else 0)
-        anchors = anchor_count(keep, alpha, buffer) if method == "hiprune" else 0
-        if anchors == 0:  # registers only: the very same computation as `attention`
-            return cls(keep, 0, "none", 0, score, "attention")
-        return cls(keep, anchors, buffer, object_layer, score, "hiprune")
+            return cls(full, full, 0.0, "none", 0, "global", _FULL)
+        if method == "random":
+            return cls(full, keep, 0.0, "none", 0, "global", method, seed)
+        if method == "stride":
+            return cls(full, keep, 0.0, "none", 0, "global", method)
+        if method == "attention" or anchor_count(keep, alpha, buffer) == 0:
+            # Registers only. A part of the image never has more anchors than the whole.
+            return cls(full, keep, 0.0, "none", 0, score, "attention")
+        return cls(full, keep, alpha, buffer, object_layer, score, "hiprune")
 
     @property
     def is_full(self) -> bool:
         return self.method == _FULL
 
     @property
+    def anchors(self) -> int:
+        """N_a."""
+        return anchor_count(self.keep, self.alpha, self.buffer)
+
+    @property
     def needs_attention(self) -> bool:
         """Whether the output layer has to be scored for this image."""
         return self.method in ("hiprune", "attention")
 
+    def part(self, full: int, keep: int, number: int) -> "ImageBudget":
+        """Budget of the image's part `number` (a tile), which has `full` tokens of its own."""
+        return ImageBudget.of(
+            full,
+            keep,
+            method=self.method,
+            alpha=self.alpha,
+            buffer=self.buffer,
+            object_layer=self.object_layer,
+            score=self.score,
+            seed=(self.seed + number) % 2**63,
+        )
+
     def to_ints(self) -> tuple[int, ...]:
-        """The budget as seven integers below 2**63, the row that travels to the worker."""
+        """The budget as integers in [0, 2**63), the row that travels to the worker."""
         return (
+            self.full,
             self.keep,
-            self.anchors,
+            _FLOAT_BITS.unpack(_FLOAT.pack(self.alpha))[0],
             BUFFERS.index(self.buffer),
             self.object_layer,
             SCORES.index(self.score),
@@ -122,10 +190,11 @@ class ImageBudget:
     @classmethod
     def from_ints(cls, row: Sequence[int]) -> "ImageBudget":
         """Inverse of `to_ints`."""
-        keep, anchors, buffer, object_layer, score, method, seed = row
+        full, keep, alpha, buffer, object_layer, score, method, seed = row
         return cls(
+            full,
             keep,
-            anchors,
+            _FLOAT.unpack(_FLOAT_BITS.pack(alpha))[0],
             BUFFERS[buffer],
             object_layer,
             SCORES[score],

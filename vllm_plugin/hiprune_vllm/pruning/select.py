@@ -4,10 +4,33 @@ No function here reads a tensor's value on the host: on an accelerator the selec
 like any other kernel and nothing waits for it.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.neighbours import buffer_mask
+
+
+class Region(NamedTuple):
+    """The part of a grid that shows the picture: rows [top, bottom), columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def size(self) -> int:
+        return max(0, self.bottom - self.top) * max(0, self.right - self.left)
+
+    def mask(self, count: int, columns: int, device: torch.device) -> torch.Tensor:
+        """(count,) bool: which tokens of a grid with `columns` lie inside."""
+        index = torch.arange(count, device=device)
+        row, column = index // columns, index % columns
+        return (
+            (row >= self.top) & (row < self.bottom) & (column >= self.left) & (column < self.right)
+        )
 
 
 def rank_descending(scores: torch.Tensor) -> torch.Tensor:
@@ -22,8 +45,25 @@ def rank_descending(scores: torch.Tensor) -> torch.Tensor:
     return torch.sort(scores, dim=1, descending=True, stable=True).indices
 
 
-def _mark(indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like, dtype=torch.bool).scatter_(1, indices, True)
+def best_order(kind: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Indices by kind, highest first, within a kind by score, ties by lower index. (B, N)."""
+    # Two stable sorts make one lexicographic order.
+    by_score = rank_descending(scores)
+    return by_score.gather(1, rank_descending(kind.gather(1, by_score)))
+
+
+def best_indices(kind: torch.Tensor, scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """The first `keep` tokens by kind, within a kind by score, then by lower index.
+
+    Args:
+        kind: (B, N) int8, higher goes first.
+        scores: (B, N).
+        keep: in [0, N].
+
+    Returns:
+        (B, keep) int64, ascending.
+    """
+    return torch.sort(best_order(kind, scores)[:, :keep], dim=1).values
 
 
 def hiprune_indices(
@@ -34,6 +74,7 @@ def hiprune_indices(
     anchors: int,
     columns: int,
     buffer: str,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tokens HiPrune keeps, in their original order (Eq. 4-8).
 
@@ -48,35 +89,53 @@ def hiprune_indices(
         anchors: N_a, in [0, keep].
         columns: p, tokens in a row of the grid.
         buffer: buffer scheme.
+        allowed: (N,) bool with at least `keep` set: tokens that may be kept; None for all.
 
     Returns:
         (B, keep) int64, ascending.
     """
-    anchor = _mark(rank_descending(object_scores)[:, :anchors], object_scores)
+    may = torch.zeros_like(output_scores, dtype=torch.int8)
+    if allowed is not None:
+        may = may - (~allowed).to(torch.int8)
+    order = best_order(may, object_scores)[:, :anchors]
+    anchor = torch.zeros_like(may, dtype=torch.bool).scatter_(1, order, True)
     buffers = buffer_mask(anchor, columns, buffer)
-    # Two stable sorts make one lexicographic order: within a kind by score, then by kind.
-    by_score = rank_descending(torch.where(buffers, object_scores, output_scores))
-    kind = anchor.to(torch.int8) * 2 + buffers.to(torch.int8)
-    by_kind = rank_descending(kind.gather(1, by_score))
-    chosen = by_score.gather(1, by_kind)[:, :keep]
-    return torch.sort(chosen, dim=1).values
+    if allowed is not None:
+        buffers = buffers & allowed
+    kind = may + anchor.to(torch.int8) * 2 + buffers.to(torch.int8)
+    return best_indices(kind, torch.where(buffers, object_scores, output_scores), keep)
 
 
-def attention_indices(output_scores: torch.Tensor, *, keep: int) -> torch.Tensor:
+def attention_indices(
+    output_scores: torch.Tensor, *, keep: int, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     """Registers only: the `keep` highest output-layer scores, ascending. (B, N) -> (B, keep)."""
-    return torch.sort(rank_descending(output_scores)[:, :keep], dim=1).values
+    may = torch.ones_like(output_scores, dtype=torch.int8)
+    if allowed is not None:
+        may = may * allowed
+    return best_indices(may, output_scores, keep)
 
 
-def random_indices(count: int, *, keep: int, seed: int, device: torch.device) -> torch.Tensor:
-    """A uniform draw of `keep` of `count` tokens, ascending, the same on every device. (keep,)"""
+def random_scores(count: int, *, seed: int, device: torch.device) -> torch.Tensor:
+    """(1, count) scores whose highest are a uniform draw, the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(count, generator=generator)[:keep]
-    return torch.sort(drawn).values.to(device, non_blocking=True)
+    drawn = torch.randperm(count, generator=generator)
+    return drawn[None].to(device, non_blocking=True)
 
 
-def stride_indices(count: int, *, keep: int, device: torch.device) -> torch.Tensor:
-    """`keep` tokens at even distances over the flat sequence, from token 0 on. (keep,)"""
-    return torch.arange(keep, device=device) * count // keep
+def stride_indices(
+    count: int, *, keep: int, device: torch.device, region: Region | None = None, columns: int = 1
+) -> torch.Tensor:
+    """`keep` tokens at even distances over the flat sequence (of the region), the first included.
+
+    Returns:
+        (keep,) int64, ascending.
+    """
+    if region is None:
+        return torch.arange(keep, device=device) * count // keep
+    inside = torch.arange(keep, device=device) * region.size // max(1, keep)
+    width = max(1, region.right - region.left)
+    return (region.top + inside // width) * columns + region.left + inside % width
 
 
 def kept_indices(
@@ -88,6 +147,7 @@ def kept_indices(
     device: torch.device,
     object_scores: torch.Tensor | None = None,
     output_scores: torch.Tensor | None = None,
+    region: Region | None = None,
 ) -> torch.Tensor:
     """Applies one budget to `batch` images of one size.
 
@@ -98,6 +158,7 @@ def kept_indices(
         batch: B.
         device: where the indices are wanted.
         object_scores, output_scores: (B, N), needed as the budget's method needs them.
+        region: only tokens inside may be kept; at least `budget.keep` of them. None for all.
 
     Returns:
         (B, budget.keep) int64, ascending in every row.
@@ -105,24 +166,27 @@ def kept_indices(
     Raises:
         ValueError: a score that the method needs is missing.
     """
-    if budget.is_full:
-        return torch.arange(count, device=device).expand(batch, -1)
+    keep = budget.keep
+    if budget.is_full or budget.method == "stride":
+        return stride_indices(
+            count, keep=keep, device=device, region=region, columns=columns
+        ).expand(batch, -1)
+    allowed = None if region is None else region.mask(count, columns, device)
     if budget.method == "random":
-        drawn = random_indices(count, keep=budget.keep, seed=budget.seed, device=device)
-        return drawn.expand(batch, -1)
-    if budget.method == "stride":
-        return stride_indices(count, keep=budget.keep, device=device).expand(batch, -1)
+        drawn = random_scores(count, seed=budget.seed, device=device)
+        return attention_indices(drawn, keep=keep, allowed=allowed).expand(batch, -1)
     if output_scores is None:
         raise ValueError(f"method {budget.method!r} needs output_scores, got none")
-    if budget.method == "attention":
-        return attention_indices(output_scores, keep=budget.keep)
+    if budget.anchors == 0:
+        return attention_indices(output_scores, keep=keep, allowed=allowed)
     if object_scores is None:
         raise ValueError("method 'hiprune' needs object_scores, got none")
     return hiprune_indices(
         object_scores,
         output_scores,
-        keep=budget.keep,
+        keep=keep,
         anchors=budget.anchors,
         columns=columns,
         buffer=budget.buffer,
+        allowed=allowed,
     )
