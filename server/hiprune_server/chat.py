@@ -2,9 +2,10 @@
 
 import copy
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -23,10 +24,71 @@ class Pruning(Protocol):
 
     default: PruningPlan
 
-    def parse(self, value: object) -> PruningPlan: ...
+    def parse(
+        self, value: object, *, name: str = FIELD, for_one_image: bool = False
+    ) -> PruningPlan: ...
 
 
 Images = list[dict[str, Any]]
+
+IMAGE_PARTS = ("image_url", "input_image", "image_pil", "image_embeds")
+"""Content parts that vLLM reads as an image: their `type`, or a key where that is missing."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a request asked for: whether at all, for all images, and for each of them."""
+
+    asked: bool
+    whole: PruningPlan
+    of_images: Sequence[PruningPlan | None]
+
+    def source(self, index: int) -> str:
+        """Who decided the budget of an image."""
+        own = self.of_images[index] if index < len(self.of_images) else None
+        if own is not None and own.has_budget:
+            return "image"
+        return "request" if self.whole.has_budget else "default"
+
+
+def take_image_plans(request: ChatCompletionRequest, pruning: Pruning) -> list[PruningPlan | None]:
+    """Removes the `hiprune` objects from the request's image parts; one entry an image, in order.
+
+    Raises:
+        PlanError: an object is invalid, or stands where it has no effect.
+    """
+    plans: list[PruningPlan | None] = []
+    for m, message in enumerate(request.messages):
+        if not isinstance(message, dict):
+            continue
+        if FIELD in message:
+            raise PlanError(
+                f"messages[{m}].{FIELD}", "must stand in an image part or at the top of the request"
+            )
+        content = message.get("content")
+        if not isinstance(content, list):
+            continue
+        parts: list[Any] = []
+        for p, part in enumerate(content):
+            parts.append(part)
+            if not isinstance(part, dict):
+                continue
+            name = f"messages[{m}].content[{p}].{FIELD}"
+            kind = part.get("type")
+            is_image = kind in IMAGE_PARTS or (
+                kind is None and any(key in part for key in IMAGE_PARTS)
+            )
+            if not is_image:
+                if FIELD in part:
+                    raise PlanError(name, "must stand in an image part, this part is none")
+                continue
+            if FIELD not in part:
+                plans.append(None)
+                continue
+            plans.append(pruning.parse(part[FIELD], name=name, for_one_image=True))
+            parts[-1] = {key: value for key, value in part.items() if key != FIELD}
+        cast(dict[str, Any], message)["content"] = parts
+    return plans
 
 
 class PrunedChat(OpenAIServingChat):
@@ -57,44 +119,40 @@ class PrunedChat(OpenAIServingChat):
         return pruned
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
-        source = self._take_plan(request)
-        result = await super().render_chat_request(request)
-        if not isinstance(result, ErrorResponse):
-            _, engine_inputs = result
-            images = [
-                {**image, "source": source}
-                for engine_input in engine_inputs
-                for image in engine_input.get(FIELD, ())
-            ]
-            asked = FIELD in (request.model_extra or {})
-            self._images.set(images if images or asked else None)
-        return result
-
-    def _take_plan(self, request: ChatCompletionRequest) -> str:
-        """Moves the request's plan to the processor options; returns where its budget is from."""
         validate_request_mm_kwargs(
             mm_processor_kwargs=request.mm_processor_kwargs,
             media_io_kwargs=request.media_io_kwargs,
             trust_request_mm_kwargs=self._trust_request,
         )
-        extra = request.model_extra or {}
-        options = request.mm_processor_kwargs or {}
-        if FIELD not in extra:
-            plan = self._parse(options[FIELD]) if FIELD in options else PruningPlan()
-        elif FIELD in options:
-            raise VLLMValidationError(
-                f"{FIELD} must be given once, got it in mm_processor_kwargs too", parameter=FIELD
-            )
-        else:
-            plan = self._parse(extra[FIELD])
-            request.mm_processor_kwargs = {**options, FIELD: plan.to_dict()}
-        return "request" if plan.has_budget else "default"
-
-    def _parse(self, value: object) -> PruningPlan:
         try:
-            return self._pruning.parse(value)
+            wishes = self._take_wishes(request)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
+        result = await super().render_chat_request(request)
+        if not isinstance(result, ErrorResponse):
+            _, engine_inputs = result
+            reports = [image for inputs in engine_inputs for image in inputs.get(FIELD, ())]
+            images = [{**report, "source": wishes.source(i)} for i, report in enumerate(reports)]
+            self._images.set(images if images or wishes.asked else None)
+        return result
+
+    def _take_wishes(self, request: ChatCompletionRequest) -> "Wishes":
+        """Moves every `hiprune` object of the request to the processor options."""
+        extra = request.model_extra or {}
+        options = request.mm_processor_kwargs or {}
+        of_images = take_image_plans(request, self._pruning)
+        asked = FIELD in extra or any(plan is not None for plan in of_images)
+        if asked and FIELD in options:
+            raise PlanError(FIELD, "must be given once, got it in mm_processor_kwargs too")
+        if not asked:
+            value = options.get(FIELD, {})
+            whole = self._pruning.parse(value) if isinstance(value, dict) and value else None
+            return Wishes(False, whole or PruningPlan(), of_images)
+        whole = self._pruning.parse(extra[FIELD]) if FIELD in extra else PruningPlan()
+        plans = [(plan or PruningPlan()).over(whole).to_dict() for plan in of_images]
+        uniform = all(plan is None for plan in of_images)
+        request.mm_processor_kwargs = {**options, FIELD: whole.to_dict() if uniform else plans}
+        return Wishes(True, whole, of_images)
 
     async def chat_completion_full_generator(
         self, request: ChatCompletionRequest, *args: Any, **kwargs: Any

@@ -76,7 +76,7 @@ def _has_flag(flags: Sequence[str], name: str) -> bool:
 
 def _plan_json(text: str) -> dict[str, Any]:
     try:
-        return parse_plan(json.loads(text), _ANY_ENCODER).to_dict()
+        return parse_plan(json.loads(text), _ANY_ENCODER, for_one_image=True).to_dict()
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r} ({error})") from None
     except PlanError as error:

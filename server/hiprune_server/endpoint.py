@@ -24,8 +24,10 @@ class NoPruning:
     def __init__(self, architectures: list[str]) -> None:
         self.unsupported = f"hiprune does not support {', '.join(architectures)}"
 
-    def parse(self, value: object) -> PruningPlan:
-        raise PlanError("hiprune", f"cannot be served: {self.unsupported}")
+    def parse(
+        self, value: object, *, name: str = "hiprune", for_one_image: bool = False
+    ) -> PruningPlan:
+        raise PlanError(name, f"cannot be served: {self.unsupported}")
 
 
 class HiPruneEndpointPlugin:

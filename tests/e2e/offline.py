@@ -1,10 +1,16 @@
 """Runs vLLM in a process of its own, so that every engine of the tests starts on clean ground."""
 
+import itertools
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+from hiprune_vllm.pruning.budget import ImageBudget
 
 PROMPT = "<s>USER: <image>\nWhat is this?\nASSISTANT: "
 
@@ -83,3 +89,52 @@ def generate(llm: Any, requests: list[dict[str, Any]], max_tokens: int = 8) -> l
 def worker_model(llm: Any) -> Any:
     """The model of an in-process engine."""
     return llm.llm_engine.model_executor.driver_worker.worker.get_model()
+
+
+_identities = itertools.count(1)
+
+
+def budget_rows(budgets: Iterable[ImageBudget]) -> torch.Tensor:
+    """What a model's `embed_multimodal` takes as `hiprune_budget`, for images never seen before."""
+    from hiprune_vllm.engine.model import pack_item
+
+    return torch.tensor([pack_item(budget, f"{next(_identities):015x}") for budget in budgets])
+
+
+@contextmanager
+def spy_on_selection() -> Iterator[list[list[int]]]:
+    """Collects the kept indices of every picture or tile that is selected, in order."""
+    from hiprune_vllm.models import tiles
+
+    kept: list[list[int]] = []
+    choose = tiles.choose
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        chosen = choose(*args, **kwargs)
+        kept.extend(chosen[row].tolist() for row in sorted(chosen))
+        return chosen
+
+    tiles.choose = spy
+    try:
+        yield kept
+    finally:
+        tiles.choose = choose
+
+
+def forget(llm: Any) -> None:
+    """Empties all caches of an in-process engine: equal plans would share an entry."""
+    llm.reset_prefix_cache()
+    llm.llm_engine.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()
+    worker_model(llm)._kept_before.clear()
+
+
+def one_by_one(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kept indices and greedy answers, each request alone in the engine and encoded anew."""
+    results = []
+    for item in requests:
+        forget(llm)
+        with spy_on_selection() as kept:
+            (answer,) = generate(llm, [item])
+        results.append(answer | {"kept": kept})
+    return results

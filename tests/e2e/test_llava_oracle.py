@@ -1,13 +1,22 @@
 """LLaVA in the real engine against Hugging Face eager attention and the paper's transcription."""
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from hiprune_vllm.pruning.budget import BUFFERS
-from tests.e2e.offline import IN_PROCESS, PROMPT, engine, generate, in_new_process, request
+from hiprune_vllm.pruning.budget import BUFFERS, ImageBudget
+from tests.e2e.offline import (
+    IN_PROCESS,
+    PROMPT,
+    budget_rows,
+    engine,
+    forget,
+    generate,
+    in_new_process,
+    one_by_one,
+    request,
+)
 from tests.photos import photo
 from tests.reference.llava import LlavaOracle
 
@@ -22,43 +31,6 @@ def plans(scores):
             (192, 128, 64, 1), (0.1, 0.5), BUFFERS, scores
         )
     ]
-
-
-@contextmanager
-def spy_on_selection():
-    """Collects the kept indices of every image that the engine encodes, in order."""
-    from hiprune_vllm.models import tiles
-
-    kept, choose = [], tiles.choose
-
-    def spy(*args, **kwargs):
-        chosen = choose(*args, **kwargs)
-        kept.extend(index.tolist() for index in chosen)
-        return chosen
-
-    tiles.choose = spy
-    try:
-        yield kept
-    finally:
-        tiles.choose = choose
-
-
-def forget(llm):
-    """Empties the engine's caches: equal plans would share an entry and not be encoded again."""
-    llm.reset_prefix_cache()
-    llm.llm_engine.reset_mm_cache()
-    llm.llm_engine.reset_encoder_cache()
-
-
-def one_by_one(llm, requests):
-    """Kept indices and greedy answers, each request alone in the engine and encoded anew."""
-    results = []
-    for item in requests:
-        forget(llm)
-        with spy_on_selection() as kept:
-            (answer,) = generate(llm, [item])
-        results.append(answer | {"kept": kept})
-    return results
 
 
 def run_clip(path):
@@ -108,22 +80,19 @@ def run_clip(path):
     model = worker_model(llm)
     oracle_pixels = LlavaOracle(path).pixels
     pixels = torch.stack([oracle_pixels(images[name]) for name in PHOTOS])
-    from hiprune_vllm.pruning.budget import ImageBudget
 
     def rows(*keeps):
-        return torch.tensor(
-            [
-                ImageBudget.of(
-                    576,
-                    keep,
-                    method="hiprune",
-                    alpha=0.1,
-                    buffer="cross",
-                    object_layer=3,
-                    score="global",
-                ).to_ints()
-                for keep in keeps
-            ]
+        return budget_rows(
+            ImageBudget.of(
+                576,
+                keep,
+                method="hiprune",
+                alpha=0.1,
+                buffer="cross",
+                object_layer=3,
+                score="global",
+            )
+            for keep in keeps
         )
 
     def explode(*args, **kwargs):

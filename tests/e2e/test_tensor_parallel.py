@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from hiprune_vllm.pruning.budget import ImageBudget
-from tests.e2e.offline import engine, generate, in_new_process, request
+from tests.e2e.offline import (
+    budget_rows,
+    engine,
+    generate,
+    in_new_process,
+    request,
+    spy_on_selection,
+)
 from tests.photos import photo
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -26,21 +33,8 @@ class Probe:
         self.pixels, self.rows = pixels, rows
 
     def __call__(self, model):
-        from hiprune_vllm.models import tiles
-
-        kept, choose = [], tiles.choose
-
-        def spy(*args, **kwargs):
-            chosen = choose(*args, **kwargs)
-            kept.extend(index.tolist() for index in chosen)
-            return chosen
-
-        tiles.choose = spy
-        try:
-            with torch.inference_mode():
-                model.embed_multimodal(pixel_values=self.pixels, hiprune_budget=self.rows)
-        finally:
-            tiles.choose = choose
+        with spy_on_selection() as kept, torch.inference_mode():
+            model.embed_multimodal(pixel_values=self.pixels, hiprune_budget=self.rows)
         return kept
 
 
@@ -70,11 +64,11 @@ def probe(clip_checkpoint):
             }
             knobs = standard | {k: v for k, v in plan.items() if k != "tokens"}
             pixels.append(oracle.pixels(photo(name)))
-            rows.append(ImageBudget.of(576, plan["tokens"], **knobs).to_ints())
+            rows.append(ImageBudget.of(576, plan["tokens"], **knobs))
             if knobs.pop("method") == "attention":
                 knobs["alpha"] = 0.0
             expected.append(oracle.keep(photo(name), tokens=plan["tokens"], **knobs))
-    return torch.stack(pixels), torch.tensor(rows), expected
+    return torch.stack(pixels), budget_rows(rows), expected
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")

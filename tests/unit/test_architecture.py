@@ -18,12 +18,13 @@ ALLOWED = {
     "hiprune_vllm/pruning": ["torch", "hiprune_vllm.pruning"],
     "hiprune_vllm/models": [
         "torch",
+        "transformers",
         "vllm",
         "hiprune_vllm.pruning",
         "hiprune_vllm.plan",
         "hiprune_vllm.models",
     ],
-    "hiprune_vllm/engine": ["torch", "vllm", "hiprune_vllm"],
+    "hiprune_vllm/engine": ["torch", "vllm", "cachetools", "hiprune_vllm"],
     "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/endpoint.py": [

@@ -11,8 +11,10 @@ from hiprune_vllm.plan import (
     Encoder,
     PlanError,
     PruningPlan,
+    TokenCount,
     complete,
     parse_plan,
+    resolve_all,
     schema,
 )
 
@@ -103,15 +105,15 @@ def test_what_a_plan_leaves_open_the_next_in_precedence_decides():
 
 
 def test_both_spellings_of_a_budget_resolve_to_the_same_one():
-    by_ratio = parse_plan({"ratio": 0.3333}, CLIP).resolve(576, CLIP)
-    assert by_ratio == parse_plan({"tokens": 192}, CLIP).resolve(576, CLIP)
+    by_ratio = parse_plan({"ratio": 0.3333}, CLIP).resolve(TokenCount(576, 576), CLIP)
+    assert by_ratio == parse_plan({"tokens": 192}, CLIP).resolve(TokenCount(576, 576), CLIP)
     assert by_ratio.object_layer == 9
     assert by_ratio.anchors == 4
 
 
 def test_the_full_plan_prunes_nothing():
-    assert FULL.resolve(576, CLIP).is_full
-    assert PruningPlan().resolve(576, CLIP).is_full
+    assert FULL.resolve(TokenCount(576, 576), CLIP).is_full
+    assert PruningPlan().resolve(TokenCount(576, 576), CLIP).is_full
 
 
 values = st.recursive(
@@ -129,7 +131,8 @@ def test_whatever_comes_is_either_served_exactly_or_refused(value):
     except PlanError:
         return
     assert plan.to_dict() == value
-    assert 1 <= plan.resolve(576, CLIP).keep <= 576
+    if plan.total_tokens is None:
+        assert 1 <= plan.resolve(TokenCount(576, 576), CLIP).keep <= 576
 
 
 def test_the_published_schema_agrees_with_the_parser():
@@ -157,3 +160,43 @@ def test_the_published_schema_agrees_with_the_parser():
         "score": "global",
         "method": "hiprune",
     }
+
+
+def kept(plans, counts):
+    return [budget.keep for budget in resolve_all(plans, counts, CLIP)]
+
+
+def test_total_tokens_are_shared_in_proportion_to_the_full_size():
+    large, small = TokenCount(2880, 2844), TokenCount(576, 576)
+    total = PruningPlan(total_tokens=300)
+    assert kept([total, total], [large, small]) == [250, 50]
+    assert kept([total, PruningPlan(tokens=7), total], [small, large, small]) == [150, 7, 150]
+    assert kept([PruningPlan(total_tokens=3)] * 3, [large, small, small]) == [1, 1, 1]
+    assert kept([PruningPlan(total_tokens=10**6)] * 2, [small, small]) == [576, 576]
+    with pytest.raises(PlanError, match="at least 1 for each of 2 images, got 1") as error:
+        kept([PruningPlan(total_tokens=1)] * 2, [small, small])
+    assert error.value.field == "hiprune.total_tokens"
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), st.data())
+def test_total_tokens_add_up(sizes, data):
+    total = data.draw(st.integers(len(sizes), sum(sizes) + 10))
+    shares = kept([PruningPlan(total_tokens=total)] * len(sizes), [TokenCount(s, s) for s in sizes])
+    assert sum(shares) == min(total, sum(sizes))
+    assert min(shares) >= 1
+
+
+def test_one_image_has_no_total():
+    with pytest.raises(PlanError, match="is unknown") as error:
+        parse_plan({"total_tokens": 5}, CLIP, for_one_image=True)
+    assert error.value.field == "hiprune.total_tokens"
+    with pytest.raises(PlanError, match="both ratio and total_tokens"):
+        parse_plan({"total_tokens": 5, "ratio": 0.5}, CLIP)
+
+
+def test_a_pruned_image_has_no_tokens_of_the_models_own():
+    """LLaVA-NeXT: 100 tokens of which 90 show the picture and 10 are newlines."""
+    count = TokenCount(100, 90)
+    assert PruningPlan(tokens=50).resolve(count, CLIP).keep == 50
+    assert PruningPlan(tokens=95).resolve(count, CLIP).keep == 90
+    assert PruningPlan(tokens=100).resolve(count, CLIP).is_full

@@ -115,11 +115,11 @@ def test_only_the_layers_that_a_batch_needs_are_wanted():
         budget(method="attention"),
         budget(score="cls"),
     ]
-    assert set(wanted_scores(batch, output_layer=8)) == {
+    assert set(wanted_scores(dict(enumerate(batch)), output_layer=8)) == {
         Wanted(8, "global", (0, 4, 5)),
         Wanted(3, "global", (0,)),
         Wanted(4, "global", (4,)),
         Wanted(8, "cls", (6,)),
         Wanted(3, "cls", (6,)),
     }
-    assert wanted_scores(batch[1:4], output_layer=8) == []
+    assert wanted_scores(dict(enumerate(batch[1:4])), output_layer=8) == []

@@ -3,15 +3,17 @@
 Standard library only, so that the server can use it without torch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
-from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES, ImageBudget, tokens_kept
+from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES, ImageBudget, spread, tokens_kept
 
 MAX_TOKENS: Final = 2**31 - 1
 DEFAULT_ALPHA: Final = 0.1  # section 4.1 of the paper
 FIELD: Final = "hiprune"
+BUDGETS: Final = ("tokens", "ratio", "total_tokens")
+"""Three ways to say how many; at most one in a plan."""
 
 
 class PlanError(ValueError):
@@ -39,12 +41,26 @@ class Encoder:
     has_cls: bool
 
 
+class TokenCount(NamedTuple):
+    """Visual tokens of one image.
+
+    Attributes:
+        full: placeholder tokens of the unpruned image.
+        prunable: those that show a part of the picture, the most that a pruned image keeps;
+            below `full` where the model adds tokens of its own (LLaVA-NeXT's newlines).
+    """
+
+    full: int
+    prunable: int
+
+
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
     """A wish for one image. `None` means "no wish": whoever is next in precedence decides."""
 
     tokens: int | None = None
     ratio: float | None = None
+    total_tokens: int | None = None
     alpha: float | None = None
     object_layer: int | None = None
     buffer: str | None = None
@@ -53,7 +69,7 @@ class PruningPlan:
 
     @property
     def has_budget(self) -> bool:
-        return self.tokens is not None or self.ratio is not None
+        return any(getattr(self, name) is not None for name in BUDGETS)
 
     def over(self, base: "PruningPlan") -> "PruningPlan":
         """This wish, with `base` deciding what it leaves open. The budget counts as one knob."""
@@ -62,19 +78,20 @@ class PruningPlan:
             for f in fields(self)
         }
         if self.has_budget:
-            chosen |= {"tokens": self.tokens, "ratio": self.ratio}
+            chosen |= {name: getattr(self, name) for name in BUDGETS}
         return PruningPlan(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """The wish as the JSON object that `parse_plan` reads."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def resolve(self, full: int, encoder: Encoder) -> ImageBudget:
-        """Integers for an image of `full` visual tokens; `seed` is left at 0."""
+    def resolve(self, count: TokenCount, encoder: Encoder) -> ImageBudget:
+        """Numbers for one image (not for `total_tokens`); `seed` is left at 0."""
         plan = complete(self, encoder)
+        keep = tokens_kept(count.full, tokens=plan.tokens, ratio=plan.ratio)
         return ImageBudget.of(
-            full,
-            tokens_kept(full, tokens=plan.tokens, ratio=plan.ratio),
+            count.full,
+            keep if keep == count.full else min(keep, count.prunable),
             method=cast(str, plan.method),
             alpha=cast(float, plan.alpha),
             buffer=cast(str, plan.buffer),
@@ -86,13 +103,46 @@ class PruningPlan:
 FULL: Final = PruningPlan(ratio=1.0)
 
 
-def parse_plan(value: object, encoder: Encoder, *, field: str = FIELD) -> PruningPlan:
+def resolve_all(
+    plans: Sequence[PruningPlan], counts: Sequence[TokenCount], encoder: Encoder
+) -> list[ImageBudget]:
+    """Numbers for all images of one request.
+
+    Images whose plan has `total_tokens` share it in proportion to their full size, at least one
+    token each.
+
+    Raises:
+        PlanError: fewer total tokens than images that share them.
+    """
+    plans = list(plans)
+    sharing = [i for i, plan in enumerate(plans) if plan.total_tokens is not None]
+    if sharing:
+        total = cast(int, plans[sharing[0]].total_tokens)
+        if total < len(sharing):
+            raise PlanError(
+                f"{FIELD}.total_tokens",
+                f"must be at least 1 for each of {len(sharing)} images, got {total}",
+            )
+        sizes = [counts[i].full for i in sharing]
+        shares = spread(min(total, sum(sizes)), sizes, sizes)
+        for empty in [i for i, share in enumerate(shares) if not share]:
+            shares[shares.index(max(shares))] -= 1
+            shares[empty] = 1
+        for i, share in zip(sharing, shares, strict=True):
+            plans[i] = replace(plans[i], tokens=share, total_tokens=None)
+    return [plan.resolve(count, encoder) for plan, count in zip(plans, counts, strict=True)]
+
+
+def parse_plan(
+    value: object, encoder: Encoder, *, field: str = FIELD, for_one_image: bool = False
+) -> PruningPlan:
     """Reads a `hiprune` object as it came from a client, a flag or a configuration.
 
     Args:
         value: decoded JSON.
         encoder: what the served model allows.
         field: how to call the object in errors.
+        for_one_image: refuse what only a whole request can have (`total_tokens`).
 
     Raises:
         PlanError: naming the field, what must hold and what came.
@@ -100,6 +150,8 @@ def parse_plan(value: object, encoder: Encoder, *, field: str = FIELD) -> Prunin
     if not isinstance(value, Mapping):
         raise PlanError(field, f"must be an object, got {_show(value)}")
     known = [f.name for f in fields(PruningPlan)]
+    if for_one_image:
+        known.remove("total_tokens")
     for key in value:
         if key not in known:
             raise PlanError(
@@ -107,10 +159,12 @@ def parse_plan(value: object, encoder: Encoder, *, field: str = FIELD) -> Prunin
             )
     knobs = {key: _READERS[key](value[key], f"{field}.{key}", encoder) for key in value}
     plan = PruningPlan(**knobs)
-    if plan.tokens is not None and plan.ratio is not None:
+    given = [name for name in BUDGETS if getattr(plan, name) is not None]
+    if len(given) > 1:
         raise PlanError(
             field,
-            f"must not have both tokens and ratio, got tokens {plan.tokens} and ratio {plan.ratio}",
+            f"must not have both {' and '.join(given)}, "
+            f"got {' and '.join(f'{name} {getattr(plan, name)}' for name in given)}",
         )
     return plan
 
@@ -134,6 +188,7 @@ def schema(encoder: Encoder) -> dict[str, dict[str, Any]]:
     return {
         "tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
         "ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "total_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
         "alpha": {"type": "number", "minimum": 0, "maximum": 1},
         "object_layer": {"type": "integer", "minimum": 1, "maximum": encoder.output_layer - 1},
         "buffer": {"enum": list(BUFFERS)},
@@ -201,6 +256,7 @@ def _score(value: object, field: str, encoder: Encoder) -> str:
 _READERS: Final[Mapping[str, Callable[[object, str, Encoder], Any]]] = {
     "tokens": lambda value, field, _: _integer(value, field, 1, MAX_TOKENS),
     "ratio": lambda value, field, _: _number(value, field, low_is_open=True),
+    "total_tokens": lambda value, field, _: _integer(value, field, 1, MAX_TOKENS),
     "alpha": lambda value, field, _: _number(value, field, low_is_open=False),
     "object_layer": lambda value, field, encoder: _integer(
         value, field, 1, encoder.output_layer - 1

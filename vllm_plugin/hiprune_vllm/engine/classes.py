@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
@@ -11,6 +12,7 @@ from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.processing import PrunedProcessor, split_context
 from hiprune_vllm.models.base import FamilyAdapter
 from hiprune_vllm.models.llava import LlavaAdapter
+from hiprune_vllm.models.llava_next import LlavaNextAdapter
 
 
 def _register(vllm_class: Any, family: FamilyAdapter) -> Callable[[Any], Any]:
@@ -37,3 +39,8 @@ def _register(vllm_class: Any, family: FamilyAdapter) -> Callable[[Any], Any]:
 @_register(LlavaForConditionalGeneration, LlavaAdapter())
 class HiPruneLlava(PrunedModel, LlavaForConditionalGeneration):
     family = LlavaAdapter()
+
+
+@_register(LlavaNextForConditionalGeneration, LlavaNextAdapter())
+class HiPruneLlavaNext(PrunedModel, LlavaNextForConditionalGeneration):
+    family = LlavaNextAdapter()

@@ -1,8 +1,10 @@
 """The worker's side: a model class that hands pruned batches to its family's adapter."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from cachetools import LRUCache
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
@@ -10,11 +12,24 @@ from vllm.distributed import (
 )
 
 from hiprune_vllm.engine.compat import check_engine
-from hiprune_vllm.models.base import FamilyAdapter
+from hiprune_vllm.models.base import FamilyAdapter, Image
 from hiprune_vllm.pruning.budget import ImageBudget
 
 BUDGET_FIELD = "hiprune_budget"
-"""Name of the per-image tensor that carries `ImageBudget.to_ints` from processor to worker."""
+"""Name of the per-image tensor that carries `pack_item` from processor to worker."""
+
+REMEMBERED_IMAGES = 1024
+"""Selections that a worker remembers, least recently used out first: 24 MiB at 2880 tokens each."""
+
+
+def pack_item(budget: ImageBudget, identity: str) -> list[int]:
+    """A budget and the image's identity (hexadecimal digest) as integers in [0, 2**63)."""
+    return [*budget.to_ints(), int(identity[:15], 16)]
+
+
+def unpack_item(row: Sequence[int]) -> tuple[ImageBudget, int]:
+    """Inverse of `pack_item`; of the identity 60 bits are left."""
+    return ImageBudget.from_ints(row[:-1]), row[-1]
 
 
 def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:
@@ -41,18 +56,29 @@ class PrunedModel(torch.nn.Module):
         # image by its pruned length and may send many more.
         self._max_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
+        self._kept_before: LRUCache[int, tuple[torch.Tensor, ...]] = LRUCache(REMEMBERED_IMAGES)
+
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """Embeddings of a batch of images; vLLM's own forward where none of them is pruned."""
+        """Embeddings of a batch of images; vLLM's own forward where none of them is pruned.
+
+        An image that is encoded again (its first part is in the prefix cache, or it left the
+        encoder cache) keeps the tokens that it kept before: with another batch around it, rounding
+        could turn a near-tie, and the two halves of one picture would not fit together.
+        """
         rows: Any = kwargs.pop(BUDGET_FIELD, None)
         # The rows were kept on the CPU: reading them waits for nothing.
-        budgets = [ImageBudget.from_ints(r) for r in rows.tolist()] if rows is not None else []
-        if all(budget.is_full for budget in budgets):
+        items = [unpack_item(row) for row in rows.tolist()] if rows is not None else []
+        if all(budget.is_full for budget, _ in items):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         parallel = get_tensor_model_parallel_world_size() > 1
-        return self.family.embed(
+        encoded = self.family.embed(
             self,
-            budgets,
+            [Image(budget, self._kept_before.get(identity)) for budget, identity in items],
             sum_over_ranks if parallel else None,
             self._max_encoder_tokens,
             **kwargs,
         )
+        for (_, identity), image in zip(items, encoded, strict=True):
+            if image.kept is not None:
+                self._kept_before[identity] = image.kept
+        return [image.embeddings for image in encoded]

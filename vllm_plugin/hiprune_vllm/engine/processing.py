@@ -1,11 +1,13 @@
 """The front end's side: a plan becomes N' placeholder tokens and a part of the item's identity."""
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -19,10 +21,23 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from hiprune_vllm.engine.model import BUDGET_FIELD
+from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
-from hiprune_vllm.plan import FIELD, FULL, Encoder, PlanError, PruningPlan, parse_plan, with_seed
+from hiprune_vllm.plan import (
+    FIELD,
+    FULL,
+    Encoder,
+    PlanError,
+    PruningPlan,
+    TokenCount,
+    parse_plan,
+    resolve_all,
+    with_seed,
+)
 from hiprune_vllm.pruning.budget import ImageBudget
+
+REMEMBERED_COUNTS = 8192
+"""Images whose size the front end remembers, least recently used out first."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,13 @@ class PruningInfo:
     unsupported: str
     default: PruningPlan
 
-    def parse(self, value: object, *, name: str = FIELD) -> PruningPlan:
+    def parse(
+        self, value: object, *, name: str = FIELD, for_one_image: bool = False
+    ) -> PruningPlan:
         """Reads a `hiprune` object for this model. Raises `PlanError`."""
         if self.encoder is None:
             raise PlanError(name, f"cannot be served: {self.unsupported}")
-        return parse_plan(value, self.encoder, field=name)
+        return parse_plan(value, self.encoder, field=name, for_one_image=for_one_image)
 
 
 def split_context(
@@ -71,8 +88,17 @@ def split_context(
         encoder, unsupported = None, str(error)
     info = PruningInfo(family, encoder, unsupported, PruningPlan())
     if wish is not None:
-        info = replace(info, default=info.parse(wish, name=f"mm_processor_kwargs.{FIELD}"))
+        info = replace(
+            info, default=info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
+        )
     return InputProcessingContext(model_config, ctx.tokenizer), info
+
+
+class _Item(NamedTuple):
+    """One image of a request as the hooks see it: its budget and its final identity (a digest)."""
+
+    budget: ImageBudget
+    identity: str
 
 
 @dataclass
@@ -86,19 +112,26 @@ def _without_plan(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in kwargs.items() if key != FIELD}
 
 
-def _budgets_of(kwargs: Mapping[str, object]) -> tuple[ImageBudget, ...]:
-    """Resolved budgets in processor options, one an image; empty before `apply` put them there."""
-    budgets = kwargs.get(FIELD, ())
-    assert isinstance(budgets, tuple)
-    return budgets
+def _items_of(kwargs: Mapping[str, object]) -> tuple[_Item, ...]:
+    """Resolved images in processor options; empty where the request has none."""
+    items = kwargs.get(FIELD, ())
+    assert isinstance(items, tuple)
+    return items
 
 
 class PrunedProcessor(BaseMultiModalProcessor):
     """Mixin in front of a vLLM multimodal processor class.
 
-    `apply` replaces the raw `hiprune` object in the processor options by a tuple of
-    `ImageBudget`, one an image; all other hooks see that tuple, aligned with the images they get.
+    `apply` replaces the raw `hiprune` object (or list of objects, one an image) in the processor
+    options by a tuple of `_Item`, one an image; all other hooks see that tuple, aligned with the
+    images they get.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A client may name an image by its `uuid` alone once it was seen: its size is not at hand.
+        self._counts: LRUCache[str, TokenCount] = LRUCache(REMEMBERED_COUNTS)
+        self._counts_lock = threading.Lock()
 
     @property
     def pruning(self) -> PruningInfo:
@@ -114,10 +147,10 @@ class PrunedProcessor(BaseMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `apply`; the result also has `hiprune`: a dict an image, full and kept tokens."""
-        plan = self._plan(inputs.hf_processor_mm_kwargs)
         images = inputs.mm_data_items.get("image", [])
+        plans = self._plans(inputs.hf_processor_mm_kwargs, len(images))
         if isinstance(images, ImageEmbeddingItems):
-            if plan.has_budget and plan != FULL:
+            if any(plan.has_budget and plan != FULL for plan in plans):
                 raise VLLMValidationError(
                     f"{FIELD} cannot prune image embeddings, which have left the vision encoder "
                     "already; send the image itself",
@@ -125,59 +158,92 @@ class PrunedProcessor(BaseMultiModalProcessor):
                 )
             images = []
         encoder = self.pruning.encoder
+        plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
         if encoder is None or not images:
-            plain = replace(
-                inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs)
-            )
             return super().apply(plain, *args, **kwargs)
-        family = self.pruning.family
-        full = [family.tokens_full(self.info, images, i) for i in range(len(images))]
-        budgets = [plan.resolve(count, encoder) for count in full]
-        resolved = self._resolved(inputs, budgets)
-        result: Any = super().apply(resolved, *args, **kwargs)
+        hashes = {name: list(items) for name, items in super()._get_mm_hashes(plain).items()}
+        counts = [self._count(images, i, identity) for i, identity in enumerate(hashes["image"])]
+        try:
+            budgets = resolve_all(plans, counts, encoder)
+        except PlanError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from error
+        result: Any = super().apply(self._resolved(plain, hashes, budgets), *args, **kwargs)
+        self._check(result, budgets)
         result[FIELD] = [
             {
-                "tokens_full": count,
+                "tokens_full": budget.full,
                 "tokens_kept": budget.keep,
                 "method": plan.method or "hiprune",
             }
-            for count, budget in zip(full, budgets, strict=True)
+            for plan, budget in zip(plans, budgets, strict=True)
         ]
         return result
 
-    def _plan(self, kwargs: Mapping[str, object]) -> PruningPlan:
+    def _plans(self, kwargs: Mapping[str, object], images: int) -> list[PruningPlan]:
+        """One plan an image, the engine-wide one below each of them."""
+        wish = kwargs.get(FIELD, {})
+        default = self.pruning.default
         if FIELD not in kwargs:
-            return self.pruning.default
+            return [default] * images
         try:
-            return self.pruning.parse(kwargs[FIELD]).over(self.pruning.default)
+            if not isinstance(wish, list):
+                return [self.pruning.parse(wish).over(default)] * images
+            if len(wish) != images:
+                raise PlanError(FIELD, f"must have one object an image ({images}), got {len(wish)}")
+            return [
+                self.pruning.parse(plan, name=f"{FIELD}[{i}]").over(default)
+                for i, plan in enumerate(wish)
+            ]
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
 
-    def _resolved(self, inputs: ProcessorInputs, budgets: Sequence[ImageBudget]) -> _ResolvedInputs:
+    def _count(self, images: Any, index: int, identity: str) -> TokenCount:
+        if images.get(index) is not None:
+            count = self.pruning.family.tokens(self.info, images, index)
+            with self._counts_lock:
+                self._counts[identity] = count
+            return count
+        with self._counts_lock:
+            known = self._counts.get(identity)
+        if known is None:
+            raise VLLMValidationError(
+                f"image {index} is named by its uuid alone and not known (any more): send it again",
+                parameter="uuid",
+            )
+        return known
+
+    def _check(self, result: Any, budgets: Sequence[ImageBudget]) -> None:
+        """Hook for families that cannot serve every prompt."""
+
+    def _resolved(
+        self,
+        plain: ProcessorInputs,
+        hashes: dict[str, list[str]],
+        budgets: Sequence[ImageBudget],
+    ) -> _ResolvedInputs:
         """Puts the budgets into the options and into every image's identity.
 
         The identity is a hash of vLLM's own (content or the client's `uuid`) and the budget, for
         unpruned images too: a client that names its image by somebody else's identity must not
         meet an entry of another length.
         """
-        plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
-        hashes = {name: list(items) for name, items in super()._get_mm_hashes(plain).items()}
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        seeded = []
-        for index, (identity, budget) in enumerate(zip(hashes["image"], budgets, strict=True)):
+        items = []
+        for identity, budget in zip(hashes["image"], budgets, strict=True):
             seed = int(MultiModalHasher.hash_kwargs(algorithm, seed=identity)[:15], 16)
-            seeded.append(with_seed(budget, seed))
-            hashes["image"][index] = MultiModalHasher.hash_kwargs(
-                algorithm, identity=identity, hiprune=list(seeded[-1].to_ints())
+            seeded = with_seed(budget, seed)
+            final = MultiModalHasher.hash_kwargs(
+                algorithm, identity=identity, hiprune=list(seeded.to_ints())
             )
+            items.append(_Item(seeded, final))
         return _ResolvedInputs(
-            prompt=inputs.prompt,
-            mm_data_items=inputs.mm_data_items,
-            mm_uuid_items=inputs.mm_uuid_items,
-            hf_processor_mm_kwargs={**plain.hf_processor_mm_kwargs, FIELD: tuple(seeded)},
-            media_io_kwargs=inputs.media_io_kwargs,
-            cache=inputs.cache,
-            hashes=hashes,
+            prompt=plain.prompt,
+            mm_data_items=plain.mm_data_items,
+            mm_uuid_items=plain.mm_uuid_items,
+            hf_processor_mm_kwargs={**plain.hf_processor_mm_kwargs, FIELD: tuple(items)},
+            media_io_kwargs=plain.media_io_kwargs,
+            cache=plain.cache,
+            hashes={**hashes, "image": [item.identity for item in items]},
         )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
@@ -189,20 +255,20 @@ class PrunedProcessor(BaseMultiModalProcessor):
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
         kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
-        budgets = _budgets_of(kwargs)
-        if not budgets:
+        items = _items_of(kwargs)
+        if not items:
             return kwargs
         cached = mm_is_cached["image"]
-        missing = tuple(b for b, known in zip(budgets, cached, strict=True) if not known)
+        missing = tuple(item for item, known in zip(items, cached, strict=True) if not known)
         return {**kwargs, FIELD: missing}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         processed = super()._apply_hf_processor_main(
             mm_items=mm_items, hf_kwargs=_without_plan(hf_kwargs)
         )
-        if budgets := _budgets_of(hf_kwargs):
+        if items := _items_of(hf_kwargs):
             processed[BUDGET_FIELD] = torch.tensor(
-                [budget.to_ints() for budget in budgets], dtype=torch.int64
+                [pack_item(*item) for item in items], dtype=torch.int64
             )
         return processed
 
@@ -222,7 +288,7 @@ class PrunedProcessor(BaseMultiModalProcessor):
             hf_processor_mm_kwargs=_without_plan(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        budgets = _budgets_of(hf_processor_mm_kwargs)
+        budgets = [item.budget for item in _items_of(hf_processor_mm_kwargs)]
         return [
             _pruned_update(update, budgets) if budgets and update.modality == "image" else update
             for update in updates
@@ -236,15 +302,15 @@ def _pruned_update(update: PromptUpdate, budgets: Sequence[ImageBudget]) -> Prom
 
     def replacement(index: int) -> PromptUpdateDetails:
         stock = update.resolve(index).content
-        if budgets[index].is_full:
-            return stock
         if stock.is_embed is not None:
             raise RuntimeError("version drift: expected image tokens only, got is_embed")
-        if len(stock.full) <= budgets[index].keep:
+        if len(stock.full) != budgets[index].full:
             raise RuntimeError(
-                f"version drift: expected more than {budgets[index].keep} placeholder tokens, "
+                f"version drift: expected {budgets[index].full} placeholder tokens, "
                 f"got {len(stock.full)}"
             )
+        if budgets[index].is_full:
+            return stock
         return PromptUpdateDetails.from_seq(stock.full[: budgets[index].keep])
 
     return replace(update, replacement=replacement)

@@ -2,6 +2,7 @@
 
 CLASSES = {
     "LlavaForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlava",
+    "LlavaNextForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlavaNext",
 }
 """Architecture of a checkpoint -> class that serves it, imported by vLLM when it is needed."""
 

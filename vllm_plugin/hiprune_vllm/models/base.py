@@ -1,11 +1,12 @@
 """What a model family has to say about itself, and what every family needs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from hiprune_vllm.plan import Encoder
+from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.record import SumOverRanks
 from hiprune_vllm.pruning.select import Region, kept_indices
@@ -13,6 +14,33 @@ from hiprune_vllm.pruning.select import Region, kept_indices
 
 class UnsupportedCheckpoint(ValueError):
     """A checkpoint of a known family whose encoder cannot be pruned; the message says why."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image to encode.
+
+    Attributes:
+        budget: what to keep.
+        known: what was kept of it before, (kept,) indices for each of its parts (tiles); None for
+            an image that is new.
+    """
+
+    budget: ImageBudget
+    known: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One encoded image.
+
+    Attributes:
+        embeddings: (budget.keep, width), what the language model sees.
+        kept: indices for each of its parts, to be remembered; None for an unpruned image.
+    """
+
+    embeddings: torch.Tensor
+    kept: tuple[torch.Tensor, ...] | None
 
 
 class FamilyAdapter(Protocol):
@@ -26,50 +54,50 @@ class FamilyAdapter(Protocol):
         """
         ...
 
-    def tokens_full(self, info: Any, images: Any, index: int) -> int:
-        """N of `images[index]`, by vLLM's own arithmetic in its processing `info`."""
+    def tokens(self, info: Any, images: Any, index: int) -> TokenCount:
+        """Visual tokens of `images[index]`, by vLLM's own arithmetic in its processing `info`."""
         ...
 
     def embed(
         self,
         model: Any,
-        budgets: Sequence[ImageBudget],
+        images: Sequence[Image],
         sum_over_ranks: SumOverRanks | None,
         max_tokens: int,
         **kwargs: object,
-    ) -> list[torch.Tensor]:
+    ) -> list[Encoded]:
         """Encodes a batch of images and projects the kept tokens only.
 
         Args:
             model: the vLLM model.
-            budgets: one an image.
+            images: in the order of the inputs.
             sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
             max_tokens: unpruned visual tokens that one tower forward may hold, where one image
                 fits at all.
             kwargs: the model's own multimodal inputs of the batch.
 
         Returns:
-            One (budget.keep, text width) tensor an image, in order.
+            One an image, in order.
         """
         ...
 
 
 def choose(
-    budgets: Sequence[ImageBudget],
-    scores: dict[tuple[int, str, int], torch.Tensor],
+    budgets: Mapping[int, ImageBudget],
+    scores: Mapping[tuple[int, str, int], torch.Tensor],
     *,
     output_layer: int,
     count: int,
     columns: int,
     device: torch.device,
-    regions: Sequence[Region | None] | None = None,
-) -> list[torch.Tensor]:
-    """Kept indices of every picture of a batch whose pictures all have `count` tokens.
+    regions: Mapping[int, Region | None] | None = None,
+) -> dict[int, torch.Tensor]:
+    """Kept indices of pictures that all have `count` tokens.
 
     Pictures with the same budget are selected together: one set of kernels for all of them.
 
     Args:
-        budgets: one a picture.
+        budgets: by picture, numbered as in `scores`.
         scores: (layer, score, picture) -> (count,).
         output_layer: 1-based.
         count, columns: the grid.
@@ -77,10 +105,10 @@ def choose(
         regions: the part of each picture that may be kept; None for all of it.
 
     Returns:
-        One (budget.keep,) int64 tensor a picture, ascending.
+        A (budget.keep,) int64 tensor a picture, ascending.
     """
     groups: dict[tuple[ImageBudget, Region | None], list[int]] = {}
-    for row, budget in enumerate(budgets):
+    for row, budget in budgets.items():
         groups.setdefault((budget, regions[row] if regions else None), []).append(row)
     chosen: dict[int, torch.Tensor] = {}
     for (budget, region), rows in groups.items():
@@ -101,4 +129,4 @@ def choose(
             region=region,
         )
         chosen.update(zip(rows, kept, strict=True))
-    return [chosen[row] for row in range(len(budgets))]
+    return chosen

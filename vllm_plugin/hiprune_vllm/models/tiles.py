@@ -1,6 +1,7 @@
 """CLIP and SigLIP towers of the LLaVA families: square tiles of one size."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,25 +64,38 @@ def tile_columns(hf_config: Any) -> int:
     return columns
 
 
+@dataclass(frozen=True)
+class Tile:
+    """One tile to encode.
+
+    Attributes:
+        pixels: (3, size, size).
+        budget: what to keep of it.
+        region: the part that may be kept; None for all of it.
+        known: indices that were kept of it before; None for a new one.
+    """
+
+    pixels: torch.Tensor
+    budget: ImageBudget
+    region: Region | None = None
+    known: torch.Tensor | None = None
+
+
 def encode_tiles(
     model: Any,
     encoder: Encoder,
-    pixels: torch.Tensor,
-    budgets: Sequence[ImageBudget],
+    tiles: Sequence[Tile],
     sum_over_ranks: SumOverRanks | None,
     max_tokens: int,
-    regions: Sequence[Region | None] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Runs the tower over tiles and selects in each of them.
 
     Args:
         model: a vLLM LLaVA model.
         encoder: its encoder.
-        pixels: (T, 3, size, size).
-        budgets: one a tile.
+        tiles: any number, also of several images.
         sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
         max_tokens: visual tokens that one tower forward may hold, at least one tile's in effect.
-        regions: the part of each tile that may be kept; None for all of it.
 
     Returns:
         Kept features, (keep, tower width) a tile, and their indices in the tile, (keep,) a tile.
@@ -97,21 +111,23 @@ def encode_tiles(
     step = max(1, max_tokens // columns**2)
     kept: list[torch.Tensor] = []
     indices: list[torch.Tensor] = []
-    for first in range(0, len(budgets), step):
-        some = budgets[first : first + step]
-        with recorder.recording(wanted_scores(some, encoder.output_layer)) as scores:
+    for first in range(0, len(tiles), step):
+        some = tiles[first : first + step]
+        new = {i: tile.budget for i, tile in enumerate(some) if tile.known is None}
+        with recorder.recording(wanted_scores(new, encoder.output_layer)) as scores:
             features = model._image_pixels_to_features(
-                model.vision_tower, pixels[first : first + step]
+                model.vision_tower, torch.stack([tile.pixels for tile in some])
             )
         chosen = choose(
-            some,
+            new,
             scores,
             output_layer=encoder.output_layer,
             count=features.shape[1],
             columns=columns,
             device=features.device,
-            regions=regions[first : first + step] if regions else None,
+            regions={i: some[i].region for i in new},
         )
-        kept += [tile[index] for tile, index in zip(features, chosen, strict=True)]
-        indices += chosen
+        of_tiles = [chosen[i] if tile.known is None else tile.known for i, tile in enumerate(some)]
+        kept += [tile[index] for tile, index in zip(features, of_tiles, strict=True)]
+        indices += of_tiles
     return kept, indices

@@ -4,7 +4,7 @@ A recorder hangs on the attention modules of the layers that the images at hand 
 while it records; the modules' own results are not touched, and nothing else in the process is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -37,10 +37,10 @@ class Wanted:
     rows: tuple[int, ...]
 
 
-def wanted_scores(budgets: Sequence[ImageBudget], output_layer: int) -> list[Wanted]:
-    """Which scores a batch needs: row i of the batch is the image with `budgets[i]`."""
+def wanted_scores(budgets: Mapping[int, ImageBudget], output_layer: int) -> list[Wanted]:
+    """Which scores a batch needs; `budgets` by row of the batch, rows without one need none."""
     rows: dict[tuple[int, str], list[int]] = {}
-    for row, budget in enumerate(budgets):
+    for row, budget in budgets.items():
         if budget.needs_attention:
             rows.setdefault((output_layer, budget.score), []).append(row)
             if budget.anchors:
