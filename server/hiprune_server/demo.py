@@ -82,7 +82,7 @@ def build(
         SiglipVisionConfig,
     )
 
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     tower: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 512,
@@ -118,10 +118,10 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         llava = LlavaForConditionalGeneration(config)
-        _spread(llava, tokenizer)
+        spread_weights(llava, tokenizer)
     llava.generation_config.max_new_tokens = MAX_NEW_TOKENS
     llava.save_pretrained(folder)
-    _rename_tower_weights(folder / "model.safetensors")
+    rename_tower_weights(folder / "model.safetensors")
 
     size = tower["image_size"]
     images: Any = (
@@ -141,7 +141,7 @@ def build(
     ).save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """One token a byte: any text in any language, without a vocabulary to learn."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -164,7 +164,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _spread(llava: Any, tokenizer: Any) -> None:
+def spread_weights(llava: Any, tokenizer: Any) -> None:
     """Scales the random weights so that attention differs from token to token.
 
     With the customary standard deviation of 0.02 all attention is nearly uniform, every token
@@ -186,7 +186,7 @@ def _spread(llava: Any, tokenizer: Any) -> None:
         llava.lm_head.weight.copy_(head)
 
 
-def _rename_tower_weights(path: Path) -> None:
+def rename_tower_weights(path: Path) -> None:
     """`vision_tower.*` to `vision_tower.vision_model.*`, the names of real LLaVA checkpoints."""
     from safetensors.torch import load_file, save_file
 

@@ -1,0 +1,77 @@
+"""Small checkpoints with random weights and real geometry, one builder a family."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hiprune_server import demo
+
+NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""Height and width of every anyres grid of the LLaVA-NeXT checkpoints."""
+
+SMALL_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+def small_text(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 16384,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+
+
+def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> None:
+    """LLaVA-NeXT with a CLIP tower and a vicuna-like (Llama) or Mistral text model."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+        MistralConfig,
+    )
+
+    tokenizer = demo.byte_tokenizer()
+    text = small_text(tokenizer)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**SMALL_TOWER),
+        text_config=MistralConfig(**text, sliding_window=None) if mistral else LlamaConfig(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[list(grid) for grid in NEXT_GRIDS],
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaNextForConditionalGeneration(config)
+        demo.spread_weights(model, tokenizer)
+    model.save_pretrained(folder)
+    demo.rename_tower_weights(folder / "model.safetensors")
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 336},
+            crop_size={"height": 336, "width": 336},
+            image_grid_pinpoints=[list(grid) for grid in NEXT_GRIDS],
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=demo.CHAT_TEMPLATE,
+    ).save_pretrained(folder)
