@@ -66,14 +66,21 @@ def take_image_plans(request: ChatCompletionRequest, pruning: Pruning) -> list[P
                 f"messages[{m}].{FIELD}", "must stand in an image part or at the top of the request"
             )
         content = message.get("content")
-        if not isinstance(content, list):
+        if content is None or isinstance(content, str):
             continue
+        # Not always a list: it may be an iterator that can be read once (pydantic's).
         parts: list[Any] = []
         for p, part in enumerate(content):
             parts.append(part)
             if not isinstance(part, dict):
                 continue
             name = f"messages[{m}].content[{p}].{FIELD}"
+            for key in IMAGE_PARTS:
+                if isinstance(part.get(key), dict) and FIELD in part[key]:
+                    raise PlanError(
+                        f"messages[{m}].content[{p}].{key}.{FIELD}",
+                        f"must stand in the image part itself, beside {key}",
+                    )
             kind = part.get("type")
             is_image = kind in IMAGE_PARTS or (
                 kind is None and any(key in part for key in IMAGE_PARTS)

@@ -8,6 +8,7 @@ letters at random, the same for the same picture, question and budget.
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,24 +142,35 @@ def build(
     ).save_pretrained(folder)
 
 
-def byte_tokenizer() -> Any:
-    """One token a byte: any text in any language, without a vocabulary to learn."""
+def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, **names: Any) -> Any:
+    """One token a byte: any text in any language, without a vocabulary to learn.
+
+    Args:
+        special_tokens: the first ids, in order.
+        names: which of them is what (`eos_token`, ...); those of the demo model by default.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
-    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    vocabulary = {token: i for i, token in enumerate((*special_tokens, *alphabet))}
+    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_only.add_special_tokens(list(special_tokens))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytes_only,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        model_max_length=4096,
+        model_max_length=16384,
+        **(
+            names
+            or {
+                "pad_token": "<pad>",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "extra_special_tokens": {"image_token": "<image>"},
+            }
+        ),
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -104,7 +104,7 @@ def budget_rows(budgets: Iterable[ImageBudget]) -> torch.Tensor:
 @contextmanager
 def spy_on_selection() -> Iterator[list[list[int]]]:
     """Collects the kept indices of every picture or tile that is selected, in order."""
-    from hiprune_vllm.models import tiles
+    from hiprune_vllm.models import qwen2_5_vl, tiles
 
     kept: list[list[int]] = []
     choose = tiles.choose
@@ -114,11 +114,11 @@ def spy_on_selection() -> Iterator[list[list[int]]]:
         kept.extend(chosen[row].tolist() for row in sorted(chosen))
         return chosen
 
-    tiles.choose = spy
+    tiles.choose = qwen2_5_vl.choose = spy
     try:
         yield kept
     finally:
-        tiles.choose = choose
+        tiles.choose = qwen2_5_vl.choose = choose
 
 
 def forget(llm: Any) -> None:

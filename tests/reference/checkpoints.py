@@ -75,3 +75,74 @@ def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> N
         num_additional_image_tokens=1,
         chat_template=demo.CHAT_TEMPLATE,
     ).save_pretrained(folder)
+
+
+QWEN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def build_qwen2_5_vl(folder: Path, *, seed: int = 2, max_pixels: int = 28 * 28 * 400) -> None:
+    """Qwen2.5-VL with 8 blocks, two of them with full attention."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = demo.byte_tokenizer(
+        QWEN_SPECIAL_TOKENS, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+    ids = dict(zip(QWEN_SPECIAL_TOKENS, range(len(QWEN_SPECIAL_TOKENS)), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **small_text(tokenizer),
+            "bos_token_id": None,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [4, 6, 6],
+                "rope_theta": 1e6,
+            },
+        },
+        vision_config={
+            "depth": 8,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "window_size": 112,
+            "fullatt_block_indexes": [3, 7],
+            "tokens_per_second": 2,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        demo.spread_weights(model, tokenizer)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "visual" in name and name.endswith("qkv.weight"):
+                    weight[: 2 * weight.shape[1]] *= 2.0
+    model.save_pretrained(folder)
+    pixels = {"shortest_edge": 28 * 28 * 4, "longest_edge": max_pixels}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pixels),
+        video_processor=Qwen2VLVideoProcessor(size=pixels),
+        tokenizer=tokenizer,
+        chat_template=demo.CHAT_TEMPLATE.replace("<s>", "").replace(
+            "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
+        ),
+    ).save_pretrained(folder)

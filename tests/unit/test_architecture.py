@@ -24,7 +24,7 @@ ALLOWED = {
         "hiprune_vllm.plan",
         "hiprune_vllm.models",
     ],
-    "hiprune_vllm/engine": ["torch", "vllm", "cachetools", "hiprune_vllm"],
+    "hiprune_vllm/engine": ["torch", "vllm", "cachetools", "numpy", "hiprune_vllm"],
     "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/endpoint.py": [

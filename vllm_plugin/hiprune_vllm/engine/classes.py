@@ -5,14 +5,17 @@ from typing import Any
 
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
 from hiprune_vllm.engine.model import PrunedModel
+from hiprune_vllm.engine.positions import PrunedMRopeModel
 from hiprune_vllm.engine.processing import PrunedProcessor, split_context
 from hiprune_vllm.models.base import FamilyAdapter
 from hiprune_vllm.models.llava import LlavaAdapter
 from hiprune_vllm.models.llava_next import LlavaNextAdapter
+from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
 
 
 def _register(vllm_class: Any, family: FamilyAdapter) -> Callable[[Any], Any]:
@@ -44,3 +47,8 @@ class HiPruneLlava(PrunedModel, LlavaForConditionalGeneration):
 @_register(LlavaNextForConditionalGeneration, LlavaNextAdapter())
 class HiPruneLlavaNext(PrunedModel, LlavaNextForConditionalGeneration):
     family = LlavaNextAdapter()
+
+
+@_register(Qwen2_5_VLForConditionalGeneration, Qwen25VLAdapter())
+class HiPruneQwen25VL(PrunedMRopeModel, Qwen2_5_VLForConditionalGeneration):
+    family = Qwen25VLAdapter()

@@ -2,6 +2,8 @@
 
 from typing import Any, Final
 
+from vllm.config import MultiModalConfig
+
 OLDEST: Final = (0, 32)
 BELOW: Final = (0, 33)
 
@@ -43,3 +45,63 @@ def check_engine(vllm_config: Any) -> None:
             "hiprune-vllm reads the queries and keys of two encoder layers, which a compiled "
             "encoder hides: compile_mm_encoder must be false. Remove it from --compilation-config."
         )
+
+
+class _PositionsWithEmbeddings(MultiModalConfig):
+    """A configuration that says "pruning is on" without the video pruning it is tied to."""
+
+    def is_multimodal_pruning_enabled(self) -> bool:
+        return True
+
+
+def carry_positions_with_embeddings(vllm_config: Any) -> None:
+    """Makes the model runner call `recompute_mrope_positions` for this engine's model.
+
+    Symptom: kept tokens get the positions of their place in the shortened prompt.
+    Cause: the runner asks `MultiModalConfig.is_multimodal_pruning_enabled`, which knows video
+        pruning only.
+    Change: this one configuration object answers yes.
+    Remove when: vLLM asks the model instead.
+
+    Raises:
+        ValueError: vLLM's own video pruning is on; both would write the same positions.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal.video_pruning_rate:
+        raise ValueError(
+            "hiprune-vllm and vLLM's video pruning cannot both change positions: "
+            f"--video-pruning-rate must be unset, got {multimodal.video_pruning_rate}"
+        )
+    multimodal.__class__ = _PositionsWithEmbeddings
+
+
+def let_cpu_runner_ask() -> None:
+    """Makes `CPUModelRunner.load_model` ask whether pruning is on; does nothing elsewhere.
+
+    Symptom: on the CPU engine kept tokens get no 3-D positions and have the wrong width.
+    Cause: it overrides `GPUModelRunner.load_model` without the lines that set the flag.
+    Change: those lines run after it. Idempotent. To be called before a model is loaded: the
+        runner imports the model's class when it is made, which is early enough.
+    Remove when: the CPU runner sets the flag itself.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load_model = CPUModelRunner.load_model
+    if getattr(load_model, "asks_for_pruning", False):
+        return
+
+    def load_and_ask(self: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(self, *args, **kwargs)
+        multimodal = self.model_config.multimodal_config
+        self.is_multimodal_pruning_enabled = (
+            multimodal is not None
+            and multimodal.is_multimodal_pruning_enabled()
+            and getattr(self.get_model(), "supports_multimodal_pruning", False)
+        )
+
+    load_and_ask.asks_for_pruning = True  # type: ignore[attr-defined]
+    CPUModelRunner.load_model = load_and_ask

@@ -11,7 +11,7 @@ from cachetools import LRUCache
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     InputProcessingContext,
@@ -149,7 +149,7 @@ class PrunedProcessor(BaseMultiModalProcessor):
         """vLLM's `apply`; the result also has `hiprune`: a dict an image, full and kept tokens."""
         images = inputs.mm_data_items.get("image", [])
         plans = self._plans(inputs.hf_processor_mm_kwargs, len(images))
-        if isinstance(images, ImageEmbeddingItems):
+        if isinstance(images, EmbeddingItems | DictEmbeddingItems):
             if any(plan.has_budget and plan != FULL for plan in plans):
                 raise VLLMValidationError(
                     f"{FIELD} cannot prune image embeddings, which have left the vision encoder "
@@ -162,7 +162,10 @@ class PrunedProcessor(BaseMultiModalProcessor):
         if encoder is None or not images:
             return super().apply(plain, *args, **kwargs)
         hashes = {name: list(items) for name, items in super()._get_mm_hashes(plain).items()}
-        counts = [self._count(images, i, identity) for i, identity in enumerate(hashes["image"])]
+        options = plain.hf_processor_mm_kwargs
+        counts = [
+            self._count(images, i, identity, options) for i, identity in enumerate(hashes["image"])
+        ]
         try:
             budgets = resolve_all(plans, counts, encoder)
         except PlanError as error:
@@ -197,9 +200,11 @@ class PrunedProcessor(BaseMultiModalProcessor):
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
 
-    def _count(self, images: Any, index: int, identity: str) -> TokenCount:
+    def _count(
+        self, images: Any, index: int, identity: str, options: Mapping[str, object]
+    ) -> TokenCount:
         if images.get(index) is not None:
-            count = self.pruning.family.tokens(self.info, images, index)
+            count = self.pruning.family.tokens(self.info, images, index, options)
             with self._counts_lock:
                 self._counts[identity] = count
             return count
@@ -213,7 +218,27 @@ class PrunedProcessor(BaseMultiModalProcessor):
         return known
 
     def _check(self, result: Any, budgets: Sequence[ImageBudget]) -> None:
-        """Hook for families that cannot serve every prompt."""
+        """Refuses prompts whose 3-D positions could not be told from the prompt alone.
+
+        The worker finds pruned images by their placeholder tokens, and text that follows tells
+        where decoding goes on.
+        """
+        config = self.info.ctx.model_config.hf_config
+        media = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
+        if not self.info.ctx.model_config.uses_mrope or all(b.is_full for b in budgets):
+            return
+        prompt, places = result["prompt_token_ids"], result["mm_placeholders"]
+        expected = sum(place.length for kind in places.values() for place in kind)
+        if sum(token in media for token in prompt) != expected:
+            raise VLLMValidationError(
+                "the text must not contain the image or video placeholder token where an image "
+                "is pruned",
+                parameter=FIELD,
+            )
+        if prompt[-1] in media:
+            raise VLLMValidationError(
+                "text must follow a pruned image, the prompt ends with one", parameter=FIELD
+            )
 
     def _resolved(
         self,

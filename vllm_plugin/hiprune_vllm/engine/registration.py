@@ -3,6 +3,7 @@
 CLASSES = {
     "LlavaForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlava",
     "LlavaNextForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlavaNext",
+    "Qwen2_5_VLForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneQwen25VL",
 }
 """Architecture of a checkpoint -> class that serves it, imported by vLLM when it is needed."""
 

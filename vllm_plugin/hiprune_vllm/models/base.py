@@ -54,8 +54,13 @@ class FamilyAdapter(Protocol):
         """
         ...
 
-    def tokens(self, info: Any, images: Any, index: int) -> TokenCount:
-        """Visual tokens of `images[index]`, by vLLM's own arithmetic in its processing `info`."""
+    def tokens(
+        self, info: Any, images: Any, index: int, options: Mapping[str, object]
+    ) -> TokenCount:
+        """Visual tokens of `images[index]`, by vLLM's own arithmetic in its processing `info`.
+
+        `options` are the processor options of the request, which may change an image's size.
+        """
         ...
 
     def embed(

@@ -1,6 +1,6 @@
 """LLaVA-1.5: one square tile a picture, features from a single layer of the tower."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ class LlavaAdapter:
     def encoder(self, hf_config: Any) -> Encoder:
         return tile_encoder("llava", hf_config)
 
-    def tokens(self, info: Any, images: Any, index: int) -> TokenCount:
+    def tokens(
+        self, info: Any, images: Any, index: int, options: Mapping[str, object]
+    ) -> TokenCount:
         count = info.get_max_image_tokens()  # every picture is scaled to one tile
         return TokenCount(count, count)
 

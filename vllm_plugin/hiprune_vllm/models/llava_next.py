@@ -1,6 +1,6 @@
 """LLaVA-NeXT: a base tile and a grid of tiles (anyres), each pruned on its own (section 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ class LlavaNextAdapter:
     def encoder(self, hf_config: Any) -> Encoder:
         return tile_encoder("llava_next", hf_config)
 
-    def tokens(self, info: Any, images: Any, index: int) -> TokenCount:
+    def tokens(
+        self, info: Any, images: Any, index: int, options: Mapping[str, object]
+    ) -> TokenCount:
         size = images.get_image_size(index)
         full: int = info.get_num_image_tokens(image_width=size.width, image_height=size.height)
         regions = self._regions(info.get_hf_config(), (size.height, size.width))

@@ -57,6 +57,9 @@ class ScoreRecorder:
         leading_tokens: tokens before the image's own (1 with a CLS token); they count among the
             tokens that attend, their own columns are dropped (Eq. 2).
         sum_over_ranks: with tensor parallelism, where each rank holds some heads.
+        spans: where all images stand in one row of the batch, start and stop of each; "row" then
+            means the number of an image. Attention is over that image alone, whatever windows
+            the block itself attends in (section 4).
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class ScoreRecorder:
         heads: int,
         leading_tokens: int,
         sum_over_ranks: SumOverRanks | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self._layers = layers
         self._heads = heads
         self._leading = leading_tokens
         self._sum_over_ranks = sum_over_ranks
+        self._spans = spans
 
     @contextmanager
     def recording(
@@ -96,7 +101,19 @@ class ScoreRecorder:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
-            received = self._received(cast(EncoderAttention, module), query, key, item)
+            attention = cast(EncoderAttention, module)
+            shape = (*query.shape[:2], attention.num_heads, attention.head_size)
+            query, key = query.reshape(shape), key.reshape(shape)
+            if self._spans is None:
+                if item.rows != tuple(range(len(query))):
+                    query, key = query[list(item.rows)], key[list(item.rows)]
+                received = list(self._received(attention, query, key, item))
+            else:
+                spans = [slice(*self._spans[row]) for row in item.rows]
+                received = [
+                    self._received(attention, query[:, span], key[:, span], item)[0]
+                    for span in spans
+                ]
             for row, values in zip(item.rows, received, strict=True):
                 scores[item.layer, item.score, row] = values
 
@@ -105,12 +122,6 @@ class ScoreRecorder:
     def _received(
         self, module: EncoderAttention, query: torch.Tensor, key: torch.Tensor, item: Wanted
     ) -> torch.Tensor:
-        batch, tokens = query.shape[:2]
-        shape = (batch, tokens, module.num_heads, module.head_size)
-        query, key = query.reshape(shape), key.reshape(shape)
-        if item.rows != tuple(range(batch)):
-            rows = list(item.rows)
-            query, key = query[rows], key[rows]
         received = attention_received(
             query, key, module.scale, from_first_only=item.score == "cls"
         )[:, self._leading :]

@@ -1,0 +1,346 @@
+"""Qwen2.5-VL in the real engine: indices, 3-D positions, answers, videos, chunks of every size."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.e2e.offline import (
+    IN_PROCESS,
+    engine,
+    forget,
+    generate,
+    in_new_process,
+    one_by_one,
+    spy_on_selection,
+    worker_model,
+)
+from tests.photos import photo
+from tests.reference.checkpoints import build_qwen2_5_vl
+from tests.reference.qwen2_5_vl import QwenOracle
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+PICTURES = {
+    "square": ("astronaut", (224, 224)),
+    "landscape": ("chelsea", (451, 300)),
+    "wide": ("coffee", (560, 112)),
+    "tall": ("rocket", (120, 480)),
+    "tiny": ("chelsea", (30, 20)),
+    "huge": ("hubble", (2600, 1900)),
+    "strip": ("coffee", (8000, 41)),  # one row of 286 tokens: positions beyond 256
+}
+PLANS = (
+    {"ratio": 1 / 3},
+    {"ratio": 2 / 9, "alpha": 0.5, "buffer": "square"},
+    {"ratio": 1 / 9, "object_layer": 2, "buffer": "row"},
+    {"tokens": 3, "alpha": 1.0, "buffer": "none"},
+    {"tokens": 1},
+)
+CHUNK, BLOCK = 24, 32  # tokens of a prefill chunk and of a prefix-cache block
+
+
+def picture(name):
+    source, size = PICTURES[name]
+    return photo(source).resize(size)
+
+
+def prompt(images, before="", after="What is this?"):
+    return f"<|im_start|>user {before}{IMAGE * images}{after}<|im_end|>"
+
+
+def ask(images, plan, **text):
+    kwargs = {} if plan is None else {"mm_processor_kwargs": {"hiprune": plan}}
+    return {
+        "prompt": prompt(len(images), **text),
+        "multi_modal_data": {"image": images},
+        **kwargs,
+    }
+
+
+def frames():
+    clip = np.stack(
+        [np.roll(np.asarray(photo("coffee").resize((112, 84))), i, 1) for i in range(8)]
+    )
+    return clip, {"fps": 2.0, "total_num_frames": 8, "frames_indices": list(range(8))}
+
+
+def video_requests(plan):
+    video = {"prompt": f"<|im_start|>user {VIDEO}Why?<|im_end|>"}
+    both = {"prompt": f"<|im_start|>user {IMAGE}and {VIDEO}Why?<|im_end|>"}
+    image = picture("square")
+    kwargs = {} if plan is None else {"mm_processor_kwargs": {"hiprune": plan}}
+    return [
+        {**video, "multi_modal_data": {"video": [frames()]}},
+        {**both, "multi_modal_data": {"image": [image], "video": [frames()]}, **kwargs},
+    ]
+
+
+def record_positions(llm):
+    """The last positions that the worker computed for a prompt, by its length."""
+    model = worker_model(llm)
+    seen, recompute = {}, model.recompute_mrope_positions
+
+    def spy(*args, **kwargs):
+        result = recompute(*args, **kwargs)
+        seen[result[1].shape[1]] = result[1].clone()
+        return result
+
+    model.recompute_mrope_positions = spy
+    return seen
+
+
+def run(path):
+    from vllm.exceptions import VLLMValidationError
+
+    llm = engine(path)
+    cases = [(name, plan) for name in PICTURES for plan in PLANS]
+    results = {"cases": one_by_one(llm, [ask([picture(n)], p) for n, p in cases])}
+    forget(llm)
+    results["batched"] = generate(llm, [ask([picture(n)], p) for n, p in cases])
+    forget(llm)
+    results["own_plans"] = generate(
+        llm,
+        [
+            ask(
+                [picture(n) for n in ("wide", "square", "tall", "wide")],
+                [{"tokens": 20}, {}, {"ratio": 0.5}, {"tokens": 21}],
+            )
+        ],
+    )[0]
+    results["unpruned"] = generate(llm, [ask([picture(n)], None) for n in PICTURES])
+    results["videos"] = generate(llm, video_requests(None))
+    results["pruned_next_to_video"] = generate(llm, video_requests({"tokens": 10}))
+    results["errors"] = []
+    for wrong in (
+        ask([picture("square")], {"tokens": 5}, after="<|image_pad|> What?"),
+        {**ask([picture("square")], {"tokens": 5}), "prompt": "<|vision_start|><|image_pad|>"},
+    ):
+        try:
+            generate(llm, [wrong])
+        except (VLLMValidationError, ValueError) as error:
+            results["errors"].append(str(error))
+    results["after_errors"] = generate(llm, [ask([picture(cases[0][0])], cases[0][1])])[0]
+
+    # Many pictures of one token each: the scheduler would let them all into one forward.
+    model, patches = worker_model(llm), []
+    hook = model.visual.patch_embed.proj.register_forward_pre_hook(
+        lambda _, args: patches.append(len(args[0]))
+    )
+    many = ask([picture("square").rotate(i) for i in range(32)], {"tokens": 1})
+    forget(llm)
+    results["many"] = generate(llm, [many])[0]
+    results["patches"], results["limit"] = list(patches), 4 * model._max_encoder_tokens
+    patches.clear()
+    forget(llm)
+    limit, model._max_encoder_tokens = model._max_encoder_tokens, 64 * 3
+    results["many_sliced"] = generate(llm, [many])[0]
+    results["patches_sliced"] = list(patches)
+    model._max_encoder_tokens = limit
+    hook.remove()
+    return cases, results
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen2_5_vl")
+    build_qwen2_5_vl(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_shot(checkpoint):
+    return in_new_process(run, str(checkpoint), environment=IN_PROCESS)
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint):
+    return QwenOracle(checkpoint)
+
+
+def assert_same_answer(answer, expected):
+    assert expected.argmax(dim=-1).tolist() == answer["tokens"]
+    got = torch.tensor(answer["logprobs"], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
+
+
+def test_kept_indices_positions_answers_and_logits_equal_the_oracles(one_shot, oracle):
+    cases, results = one_shot
+    for (name, plan), result in zip(cases, results["cases"], strict=True):
+        image = picture(name)
+        expected = oracle.keep(image, **plan)
+        if len(expected) < oracle.count(image):
+            assert result["kept"] == [expected], (name, plan)
+        if "ratio" in plan:
+            assert len(expected) == max(1, round(plan["ratio"] * oracle.count(image)))
+        logprobs = oracle.logprobs(prompt(1), [image], [expected], result["tokens"])
+        assert_same_answer(result, logprobs)
+
+
+def test_answers_do_not_depend_on_the_batch(one_shot):
+    _, results = one_shot
+    for alone, batched in zip(results["cases"], results["batched"], strict=True):
+        assert alone["tokens"] == batched["tokens"]
+
+
+def test_every_picture_of_a_request_gets_its_own_plan(one_shot, oracle):
+    result = one_shot[1]["own_plans"]
+    images = [picture(name) for name in ("wide", "square", "tall", "wide")]
+    plans = ({"tokens": 20}, {"ratio": 1.0}, {"ratio": 0.5}, {"tokens": 21})
+    kept = [oracle.keep(image, **plan) for image, plan in zip(images, plans, strict=True)]
+    assert_same_answer(result, oracle.logprobs(prompt(4), images, kept, result["tokens"]))
+
+
+def test_without_pruning_answers_are_the_oracles(one_shot, oracle):
+    for name, result in zip(PICTURES, one_shot[1]["unpruned"], strict=True):
+        image = picture(name)
+        kept = [range(oracle.count(image))]
+        assert_same_answer(result, oracle.logprobs(prompt(1), [image], kept, result["tokens"]))
+
+
+def run_stock(path):
+    llm = engine(path)
+    return generate(llm, [ask([picture(n)], None) for n in PICTURES]), generate(
+        llm, video_requests(None)
+    )
+
+
+def test_without_pruning_images_and_videos_are_bit_identical_to_vllms(one_shot, checkpoint):
+    images, videos = in_new_process(
+        run_stock, str(checkpoint), environment=IN_PROCESS | {"VLLM_PLUGINS": ""}
+    )
+    assert images == one_shot[1]["unpruned"]
+    assert videos == one_shot[1]["videos"]
+
+
+def test_a_video_stays_whole_next_to_a_pruned_image(one_shot):
+    _, results = one_shot
+    (video, both), (same, pruned) = results["videos"], results["pruned_next_to_video"]
+    assert same == video
+    assert both["prompt_tokens"] - pruned["prompt_tokens"] == 64 - 10
+    assert pruned["tokens"] != both["tokens"]
+
+
+def test_prompts_that_positions_could_not_be_told_from_are_refused(one_shot):
+    _, results = one_shot
+    assert len(results["errors"]) == 2
+    assert "placeholder" in results["errors"][0]
+    assert "text must follow" in results["errors"][1]
+    assert results["after_errors"]["tokens"] == results["cases"][0]["tokens"]
+
+
+def test_one_forward_never_holds_more_patches_than_an_unpruned_schedule(one_shot):
+    _, results = one_shot
+    assert sum(results["patches"]) == sum(results["patches_sliced"]) == 32 * 256
+    assert max(results["patches"]) <= results["limit"]
+    assert max(results["patches_sliced"]) == 3 * 256
+    assert results["many"]["tokens"] == results["many_sliced"]["tokens"]
+
+
+def run_bf16(path):
+    llm = engine(path, dtype="bfloat16")
+    positions = record_positions(llm)
+    results = []
+    for name in PICTURES:
+        for plan in PLANS[:3]:
+            forget(llm)
+            with spy_on_selection() as kept:
+                (answer,) = generate(llm, [ask([picture(name)], plan)])
+            answer["kept"], answer["positions"] = kept, positions[answer["prompt_tokens"]]
+            results.append((name, plan, answer))
+    return results
+
+
+def test_positions_are_exact_in_bf16_also_beyond_256(checkpoint, oracle):
+    overlaps, largest = [], 0
+    for name, plan, result in in_new_process(run_bf16, str(checkpoint), environment=IN_PROCESS):
+        image = picture(name)
+        (kept,) = result["kept"]
+        _, expected = oracle.prompt(prompt(1), [image], [kept])
+        assert torch.equal(result["positions"], expected[:, 0])
+        largest = max(largest, int(expected.max()))
+        wanted = oracle.keep(image, **plan)
+        overlaps.append(len(set(kept) & set(wanted)) / len(wanted))
+    assert largest > 256
+    assert sum(overlaps) / len(overlaps) > 0.9
+
+
+COUNTS = (1, 2, 4)
+KEEP = ({"tokens": 40}, {"tokens": 17}, {}, {"tokens": 33})
+NAMES = ("square", "tall", "tiny", "wide")
+
+
+def chunked_requests(after):
+    return [
+        (offset, count, ask(images, plans, before="x" * offset, after=after))
+        for count in COUNTS
+        for offset in range(BLOCK)
+        for images, plans in [([picture(n) for n in NAMES[:count]], list(KEEP[:count]))]
+    ]
+
+
+def run_chunked(path):
+    llm = engine(
+        path,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=4,
+        block_size=BLOCK,
+        enable_prefix_caching=True,
+    )
+    model, chunks = worker_model(llm), []
+    forward = model.forward
+
+    def count_tokens(input_ids, positions, *args, **kwargs):
+        chunks.append(positions.shape[-1])
+        return forward(input_ids, positions, *args, **kwargs)
+
+    model.forward = count_tokens
+    results = {"fresh": [], "hit": [], "together": []}
+    for offset, count, item in chunked_requests("What?"):
+        forget(llm)
+        results["fresh"].append((offset, count, generate(llm, [item], 4)[0]))
+        results.setdefault("chunks", list(chunks))
+        # The prefix is known up to somewhere in the last image; its encoder output is not.
+        llm.llm_engine.reset_mm_cache()
+        llm.llm_engine.reset_encoder_cache()
+        again = {**item, "prompt": item["prompt"].replace("What?", "How is it?")}
+        before = len(chunks)
+        results["hit"].append((offset, count, generate(llm, [again], 4)[0]))
+        results.setdefault("hit_tokens", []).append(sum(chunks[before:]))
+    forget(llm)
+    items = chunked_requests("What?")
+    answers = generate(llm, [item for _, _, item in items], 4)
+    results["together"] = [
+        (offset, count, answer) for (offset, count, _), answer in zip(items, answers, strict=True)
+    ]
+    return results
+
+
+@pytest.fixture(scope="module")
+def chunked(checkpoint):
+    return in_new_process(run_chunked, str(checkpoint), environment=IN_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"), [("fresh", "What?"), ("hit", "How is it?"), ("together", "What?")]
+)
+def test_chunks_that_begin_and_end_anywhere_in_images_change_nothing(chunked, oracle, kind, after):
+    kept = {
+        name: oracle.keep(picture(name), **(plan or {"ratio": 1.0}))
+        for name, plan in zip(NAMES, KEEP, strict=True)
+    }
+    assert len(chunked[kind]) == len(COUNTS) * BLOCK
+    for offset, count, result in chunked[kind]:
+        names = NAMES[:count]
+        text = prompt(count, before="x" * offset, after=after)
+        expected = oracle.logprobs(
+            text, [picture(n) for n in names], [kept[n] for n in names], result["tokens"]
+        )
+        assert_same_answer(result, expected)
+
+
+def test_the_sweep_really_chunks_and_really_hits_the_cache(chunked):
+    assert max(chunked["chunks"]) == CHUNK
+    lengths = [result["prompt_tokens"] for _, _, result in chunked["hit"]]
+    saved = [length + 3 - used for length, used in zip(lengths, chunked["hit_tokens"], strict=True)]
+    assert min(saved) >= BLOCK
+    assert all(value % BLOCK == 0 for value in saved)

@@ -1,0 +1,148 @@
+"""The oracle for Qwen2.5-VL: Hugging Face eager attention over whole images, its positions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
+
+from tests.reference import paper
+
+
+class QwenOracle:
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager"
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.depth = self.model.config.vision_config.depth
+        self._seen: dict[tuple[Any, bytes], Any] = {}
+
+    def inputs(self, image: Image.Image) -> Any:
+        return self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+
+    @torch.inference_mode()
+    def _encode(self, image: Image.Image) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Full attention of every block, merged features in picture order, and the grid."""
+        key = (image.size, image.tobytes())
+        if key in self._seen:
+            return self._seen[key]
+        visual = self.model.model.visual
+        attentions: list[torch.Tensor] = []
+
+        def full_attention(module: Any, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            cos, sin = kwargs["position_embeddings"]
+            qkv = module.qkv(hidden).reshape(len(hidden), 3, module.num_heads, -1)
+            query, key, _ = qkv.permute(1, 0, 2, 3).unbind(0)
+            query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+            attentions.append(paper.attention(query.transpose(0, 1), key.transpose(0, 1)))
+
+        hooks = [
+            block.attn.register_forward_pre_hook(full_attention, with_kwargs=True)
+            for block in visual.blocks
+        ]
+        inputs = self.inputs(image)
+        grid = inputs["image_grid_thw"]
+        features = visual(
+            inputs["pixel_values"].to(self.model.dtype), grid_thw=grid, return_dict=True
+        ).pooler_output
+        for hook in hooks:
+            hook.remove()
+        self._seen[key] = attentions, features, grid
+        return self._seen[key]
+
+    def scores(self, image: Image.Image, layer: int) -> list[float]:
+        """Mean over the four patches of a token, in picture order."""
+        attentions, _, grid = self._encode(image)
+        patches = paper.scores(attentions[layer - 1], has_cls=False)
+        vision = self.model.config.vision_config
+        window_index, _ = get_vision_window_index(
+            grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        found = [0.0] * len(window_index)
+        for place, original in enumerate(window_index.tolist()):
+            found[original] = sum(patches[4 * place : 4 * place + 4]) / 4
+        return found
+
+    def count(self, image: Image.Image) -> int:
+        return int(self._encode(image)[2].prod()) // 4
+
+    def keep(
+        self,
+        image: Image.Image,
+        *,
+        ratio: float | None = None,
+        tokens: int | None = None,
+        alpha: float = 0.1,
+        buffer: str = "cross",
+        object_layer: int | None = None,
+    ) -> list[int]:
+        total = self.count(image)
+        keep = min(tokens, total) if tokens else max(1, round((ratio or 1.0) * total))
+        return paper.select(
+            self.scores(image, object_layer or self.depth // 2),
+            self.scores(image, self.depth),
+            keep=keep,
+            alpha=alpha,
+            columns=int(self._encode(image)[2][0, 2]) // 2,
+            buffer=buffer,
+        )
+
+    @torch.inference_mode()
+    def prompt(
+        self, text: str, images: Sequence[Image.Image], kept: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (1, L, width) and positions (3, 1, L) of a prompt with pruned images.
+
+        `text` has one `<|image_pad|>` an image. The positions are the model's own for the
+        unpruned prompt, with the dropped tokens' taken out.
+        """
+        tokenizer, config = self.processor.tokenizer, self.model.config
+        pad = "<|image_pad|>"
+        pieces = text.split(pad)
+        ids, use, features = [], [], []
+        for i, piece in enumerate(pieces):
+            new = tokenizer.encode(piece, add_special_tokens=False)
+            ids += new
+            use += [True] * len(new)
+            if i < len(images):
+                total = self.count(images[i])
+                ids += [config.image_token_id] * total
+                use += [index in set(kept[i]) for index in range(total)]
+                features.append(self._encode(images[i])[1][list(kept[i])])
+        full = torch.tensor([ids])
+        grids = torch.cat([self._encode(image)[2] for image in images]) if images else None
+        kinds = (full == config.image_token_id).int()
+        positions, _ = self.model.model.get_rope_index(
+            full, mm_token_type_ids=kinds, image_grid_thw=grids
+        )
+        mask = torch.tensor(use)
+        short = full[:, mask]
+        embeds = self.model.get_input_embeddings()(short)
+        if features:
+            embeds[short == config.image_token_id] = torch.cat(features)
+        return embeds, positions[:, :, mask]
+
+    @torch.inference_mode()
+    def logprobs(
+        self,
+        text: str,
+        images: Sequence[Image.Image],
+        kept: Sequence[Sequence[int]],
+        answer: Sequence[int],
+    ) -> torch.Tensor:
+        """Log-probabilities before every token of `answer`, (len(answer), vocabulary)."""
+        embeds, positions = self.prompt(text, images, kept)
+        following = positions.max() + 1 + torch.arange(len(answer))
+        positions = torch.cat([positions, following.expand(3, 1, -1)], dim=2)
+        answer_embeds = self.model.get_input_embeddings()(torch.tensor([list(answer)]))
+        hidden = self.model.model.language_model(
+            inputs_embeds=torch.cat([embeds, answer_embeds], dim=1), position_ids=positions
+        ).last_hidden_state[0]
+        logits = self.model.lm_head(hidden[-len(answer) - 1 : -1])
+        return torch.log_softmax(logits.double(), dim=-1)

@@ -1,0 +1,118 @@
+"""3-D rotary positions of pruned images (Qwen2.5-VL), whole or in chunks of any size."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+from hiprune_vllm.engine.compat import carry_positions_with_embeddings, let_cpu_runner_ask
+from hiprune_vllm.engine.model import BUDGET_FIELD, PrunedModel, unpack_item
+from hiprune_vllm.pruning.positions import decode_positions, no_positions
+
+let_cpu_runner_ask()
+
+
+class PrunedMRopeModel(PrunedModel):
+    """Mixin in front of a vLLM model with M-RoPE whose images are single frames.
+
+    Text positions are known before anything is encoded: text goes on behind `max(rows, columns)`
+    of the whole grid, pruned or not. Until a pruned image is encoded all its tokens have the
+    image's first position; with the embeddings come row and column of each token. The temporal
+    position of a still image is its first position, so it stays and is what row and column are
+    added to: writing them twice, or a part of them, does no harm.
+    """
+
+    visual: Any
+    config: Any
+    iter_mm_grid_thw: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        carry_positions_with_embeddings(vllm_config)
+
+    def embed_multimodal(self, **kwargs: object) -> Any:
+        width = self.visual.out_hidden_size
+        return [
+            item
+            if item.shape[1] > width
+            else torch.cat([item, no_positions(len(item), item)], dim=1)
+            for item in super().embed_multimodal(**kwargs)
+        ]
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        # A captured encoder would bypass `embed_multimodal` and with it the selection.
+        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[torch.Tensor, int]:
+        """Positions of the whole prompt, (3, tokens), and what decoding adds to its own count."""
+        pieces: list[Any] = []
+        done, position = 0, 0
+        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        grids = self.iter_mm_grid_thw(features)
+        for feature, (offset, t, h, w, t_factor) in zip(features, grids, strict=True):
+            text = offset - done
+            pieces.append(np.broadcast_to(np.arange(text) + position, (3, text)))
+            position += text
+            if _is_pruned(feature):
+                length = feature.mm_position.length
+                pieces.append(np.full((3, length), position))
+            else:
+                length = t * h * w
+                grid = np.indices((t, h, w)).reshape(3, -1)
+                if t_factor != 1.0:
+                    grid[0] = (grid[0] * t_factor).astype(np.int64)
+                pieces.append(grid + position)
+            # Videos: the last frame may be later than the grid is wide.
+            last_frame = int((t - 1) * t_factor)
+            position += max(last_frame + 1, h, w)
+            done = offset + length
+        text = len(input_tokens) - done
+        pieces.append(np.broadcast_to(np.arange(text) + position, (3, text)))
+        positions = np.concatenate(pieces, axis=1).astype(np.int64)
+        return torch.from_numpy(positions), int(positions.max()) + 1 - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor],
+        mrope_positions: torch.Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        """Called for every prefill chunk; takes the positions off the embeddings and writes them.
+
+        Args:
+            input_ids: the whole prompt.
+            multimodal_embeddings: the pieces that this chunk needs, in order, positions included.
+            mrope_positions: (3, tokens) of the whole prompt.
+            num_computed_tokens: where the chunk begins.
+        """
+        width = self.visual.out_hidden_size
+        embeddings = [item[:, :width] for item in multimodal_embeddings]
+        tokens = mrope_positions.shape[1]
+        with gpu_sync_allowed():
+            if embeddings:
+                encoded = torch.cat([item[:, width:] for item in multimodal_embeddings])
+                device = mrope_positions.device
+                pruned, row, column = (x.to(device) for x in decode_positions(encoded))
+                ids = torch.as_tensor(input_ids, device=device)[num_computed_tokens:]
+                media = ids.eq(self.config.image_token_id) | ids.eq(self.config.video_token_id)
+                # The chunk's embeddings are those of the next media tokens, one by one.
+                where = media.nonzero().flatten()[: len(pruned)] + num_computed_tokens
+                where = where[pruned]
+                mrope_positions = mrope_positions.clone()
+                mrope_positions[1, where] = mrope_positions[0, where] + row[pruned]
+                mrope_positions[2, where] = mrope_positions[0, where] + column[pruned]
+            delta = int(mrope_positions.max()) + 1 - tokens
+        return embeddings, mrope_positions, delta
+
+
+def _is_pruned(feature: Any) -> bool:
+    if feature.modality != "image" or BUDGET_FIELD not in feature.data:
+        return False
+    budget, _ = unpack_item(feature.data[BUDGET_FIELD].data.tolist())
+    return not budget.is_full

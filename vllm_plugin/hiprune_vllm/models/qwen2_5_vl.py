@@ -1,0 +1,156 @@
+"""Qwen2.5-VL: pictures of any size, window attention, 2x2 merge, 3-D rotary positions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hiprune_vllm.models.base import Encoded, Image, UnsupportedCheckpoint, choose
+from hiprune_vllm.plan import Encoder, TokenCount
+from hiprune_vllm.pruning.positions import encode_positions, no_positions
+from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
+
+Grid = tuple[int, int, int]
+
+
+class Qwen25VLAdapter:
+    """`Qwen2_5_VLForConditionalGeneration`; videos stay as they are."""
+
+    def encoder(self, hf_config: Any) -> Encoder:
+        depth = hf_config.vision_config.depth
+        if depth < 2:
+            raise UnsupportedCheckpoint(
+                "pruning needs an object layer below the output layer, "
+                f"this checkpoint's encoder has depth {depth}"
+            )
+        return Encoder("qwen2_5_vl", depth, depth // 2, has_cls=False)
+
+    def tokens(
+        self, info: Any, images: Any, index: int, options: Mapping[str, object]
+    ) -> TokenCount:
+        size = images.get_image_size(index)
+        count = info.get_num_image_tokens(
+            image_width=size.width,
+            image_height=size.height,
+            image_processor=info.get_image_processor(**options),
+            mm_kwargs=options,
+        )
+        return TokenCount(count, count)
+
+    def embed(
+        self,
+        model: Any,
+        images: Sequence[Image],
+        sum_over_ranks: SumOverRanks | None,
+        max_tokens: int,
+        **kwargs: object,
+    ) -> list[Encoded]:
+        inputs = model._parse_and_validate_image_input(**kwargs)
+        grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
+        encoded: list[Encoded] = []
+        first_patch = 0
+        for some in _slices([image.budget.full for image in images], max_tokens):
+            patches = sum(t * h * w for t, h, w in grids[some])
+            pixels = inputs["pixel_values"][first_patch : first_patch + patches]
+            first_patch += patches
+            encoded += self._encode(model, pixels, grids[some], images[some], sum_over_ranks)
+        return encoded
+
+    def _encode(
+        self,
+        model: Any,
+        pixels: torch.Tensor,
+        grids: Sequence[Grid],
+        images: Sequence[Image],
+        sum_over_ranks: SumOverRanks | None,
+    ) -> list[Encoded]:
+        """One tower forward; only kept tokens pass the merger."""
+        visual = model.visual
+        encoder = self.encoder(model.config)
+        recorder = ScoreRecorder(
+            [block.attn.attn for block in visual.blocks],
+            heads=visual.num_heads,
+            leading_tokens=0,
+            sum_over_ranks=sum_over_ranks,
+            spans=_spans([t * h * w for t, h, w in grids]),
+        )
+        new = {i: image.budget for i, image in enumerate(images) if image.known is None}
+        metadata = visual.prepare_encoder_metadata(grids)
+        # Original token -> its place in the window order that the blocks run in. What the merger
+        # gets below is in the original order already, so the tower must not undo anything.
+        places = metadata["reverse_indices"]
+        kept_tokens = sum(image.budget.keep for image in images)
+        metadata["reverse_indices"] = torch.arange(kept_tokens, device=places.device)
+        unit, size = visual.spatial_merge_unit, visual.spatial_merge_size
+        kept: list[torch.Tensor] = []
+
+        def keep_only(hidden: torch.Tensor) -> torch.Tensor:
+            rows = []
+            for i, (start, stop) in enumerate(_spans([image.budget.full for image in images])):
+                index = images[i].known[0] if images[i].known else None  # type: ignore[index]
+                if index is None:
+                    here = places[start:stop] - start
+                    index = choose(
+                        {i: new[i]},
+                        {
+                            (layer, score, i): values.view(-1, unit).mean(dim=1)[here]
+                            for (layer, score, image), values in scores.items()
+                            if image == i
+                        },
+                        output_layer=encoder.output_layer,
+                        count=stop - start,
+                        columns=grids[i][2] // size,
+                        device=hidden.device,
+                    )[i]
+                kept.append(index)
+                rows.append(places[start:stop][index])
+            tokens = hidden.view(-1, unit, hidden.shape[-1])[torch.cat(rows)]
+            return tokens.reshape(-1, *hidden.shape[1:])
+
+        with (
+            recorder.recording(wanted_scores(new, encoder.output_layer)) as scores,
+            # Its first layer: the merger itself may be called past its hooks (compile wrapper).
+            _before(visual.merger.ln_q, keep_only),
+        ):
+            merged = visual(pixels, grid_thw=grids, encoder_metadata=metadata)
+        encoded = []
+        parts = merged.split([image.budget.keep for image in images])
+        for image, grid, index, part in zip(images, grids, kept, parts, strict=True):
+            if image.budget.is_full:
+                encoded.append(Encoded(torch.cat([part, no_positions(len(part), part)], 1), None))
+                continue
+            positions = encode_positions(index, grid[2] // size, part.dtype)
+            encoded.append(Encoded(torch.cat([part, positions], dim=1), (index,)))
+        return encoded
+
+
+@contextmanager
+def _before(module: torch.nn.Module, change: Any) -> Iterator[None]:
+    """Changes the only argument of `module` while inside."""
+    handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and stop of consecutive pieces."""
+    spans, start = [], 0
+    for length in lengths:
+        spans.append((start, start + length))
+        start += length
+    return spans
+
+
+def _slices(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Runs of consecutive items of at most `limit` together, at least one item each."""
+    first, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > limit:
+            yield slice(first, i)
+            first, total = i, 0
+        total += size
+    if sizes:
+        yield slice(first, len(sizes))
