@@ -4,6 +4,7 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -28,8 +29,8 @@ $(STAMP): requirements/cpu.lock requirements/installer.lock pyproject.toml
 serve: venv ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
 	$(BIN)/hiprune-serve --demo --host $(HOST) --port $(PORT) $(ARGS)
 
-test: venv ## all tests, the real engine included (ARGS goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to pytest)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-unit: venv ## the tests that need no engine (seconds)
 	$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -81,11 +81,11 @@ def take_image_plans(request: ChatCompletionRequest, pruning: Pruning) -> list[P
                         f"messages[{m}].content[{p}].{key}.{FIELD}",
                         f"must stand in the image part itself, beside {key}",
                     )
-            kind = part.get("type")
-            is_image = kind in IMAGE_PARTS or (
-                kind is None and any(key in part for key in IMAGE_PARTS)
-            )
-            if not is_image:
+            # As vLLM reads it: by its type, or by its keys where that is missing or where it has
+            # a uuid.
+            kind = part.get("type") if "uuid" not in part else None
+            by_key = any(key in part for key in IMAGE_PARTS)
+            if not (kind in IMAGE_PARTS or (kind is None and by_key)):
                 if FIELD in part:
                     raise PlanError(name, "must stand in an image part, this part is none")
                 continue

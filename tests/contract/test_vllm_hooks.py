@@ -7,6 +7,7 @@ import inspect
 import re
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 
 import pytest
 import vllm
@@ -16,7 +17,7 @@ from vllm.entrypoints.openai.chat_completion import api_router
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.model_executor.layers.attention import MMEncoderAttention
-from vllm.model_executor.models import clip, llava, siglip
+from vllm.model_executor.models import clip, llava, llava_next, qwen2_5_vl, siglip
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
@@ -57,7 +58,9 @@ def test_every_build_of_the_tested_release_is_accepted(found):
 class Config:
     """As much of a VllmConfig as the gate reads."""
 
-    def __init__(self, mode="weights", compiled=False):
+    def __init__(self, mode="weights", compiled=False, draft=None):
+        self.speculative_config = self if draft else None
+        self.draft_model_config = draft
         self.model_config = self
         self.multimodal_config = self
         self.compilation_config = self
@@ -71,6 +74,10 @@ def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
         check_engine(Config(mode="data"))
     with pytest.raises(ValueError, match="compile_mm_encoder must be false"):
         check_engine(Config(compiled=True))
+    multimodal = SimpleNamespace(is_multimodal_model=True, model="draft")
+    with pytest.raises(ValueError, match="multimodal draft model"):
+        check_engine(Config(draft=multimodal))
+    check_engine(Config(draft=SimpleNamespace(is_multimodal_model=False, model="draft")))
 
 
 def test_the_configuration_has_what_is_read_from_it():
@@ -165,15 +172,88 @@ def test_llava_has_the_parts_that_are_called():
     assert hasattr(llava.BaseLlavaProcessingInfo, "get_max_image_tokens")
 
 
-def test_the_registered_class_replaces_vllms():
+def test_llava_next_has_the_parts_that_are_called():
+    model = llava_next.LlavaNextForConditionalGeneration
+    assert parameters(model._image_pixels_to_features) == ["self", "vision_tower", "pixel_values"]
+    assert parameters(model._merge_image_patch_embeddings) == [
+        "self",
+        "image_size",
+        "patch_embeddings",
+        "strategy",
+    ]
+    assert 'strategy="spatial_unpad"' in inspect.getsource(model._process_image_input)
+    assert parameters(llava_next.LlavaNextProcessingInfo.get_num_image_tokens) == [
+        "self",
+        "image_width",
+        "image_height",
+    ]
+
+
+def test_qwen_has_the_parts_that_are_called():
+    model, visual = (
+        qwen2_5_vl.Qwen2_5_VLForConditionalGeneration,
+        qwen2_5_vl.Qwen2_5_VisionTransformer,
+    )
+    assert parameters(visual.forward) == ["self", "x", "grid_thw", "encoder_metadata"]
+    assert parameters(visual.prepare_encoder_metadata)[:2] == ["self", "grid_thw"]
+    source = inspect.getsource(visual.forward)
+    assert source.index("hidden_states = self.merger(hidden_states)") < source.index(
+        "hidden_states = hidden_states[reverse_indices, :]"
+    )
+    assert "x = self.ln_q(x)" in inspect.getsource(qwen2_5_vl.Qwen2_5_VisionPatchMerger.forward)
+    attention = inspect.getsource(qwen2_5_vl.Qwen2_5_VisionAttention.forward)
+    assert re.search(r"self\.attn\(\s*query=q,\s*key=k,", attention)
+    assert parameters(model.get_mrope_input_positions) == ["self", "input_tokens", "mm_features"]
+    assert parameters(model.recompute_mrope_positions) == [
+        "self",
+        "input_ids",
+        "multimodal_embeddings",
+        "mrope_positions",
+        "num_computed_tokens",
+    ]
+    assert parameters(model.iter_mm_grid_thw) == ["self", "mm_features"]
+    assert model.supports_multimodal_pruning
+
+
+def test_both_model_runners_take_positions_from_the_model():
+    from vllm.v1.worker.gpu.model_states import mm_pruning
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for source in (
+        inspect.getsource(GPUModelRunner._gather_mm_embeddings),
+        inspect.getsource(mm_pruning.MultiModalPruner.recompute),
+    ):
+        assert re.search(
+            r"self\.model\.recompute_mrope_positions\(\s*input_ids=.*?multimodal_embeddings="
+            r".*?mrope_positions=.*?num_computed_tokens=",
+            source,
+            re.DOTALL,
+        )
+    assert "mm_config.is_multimodal_pruning_enabled()" in inspect.getsource(
+        GPUModelRunner.load_model
+    )
+    assert "is_multimodal_pruning_enabled()" in inspect.getsource(mm_pruning.maybe_create_mm_pruner)
+
+
+def test_the_cpu_runner_asks_after_loading_a_model():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    import hiprune_vllm.engine.classes  # noqa: F401
+
+    assert CPUModelRunner.load_model.asks_for_pruning
+
+
+def test_the_registered_classes_replace_vllms():
     from vllm import ModelRegistry
 
     import hiprune_vllm
+    from hiprune_vllm.engine.registration import CLASSES
 
     hiprune_vllm.register()
     hiprune_vllm.register()  # vLLM may call it again
-    registered = ModelRegistry.models["LlavaForConditionalGeneration"]
-    assert registered.load_model_cls().__module__ == "hiprune_vllm.engine.classes"
+    for architecture in CLASSES:
+        loaded = ModelRegistry.models[architecture].load_model_cls()
+        assert loaded.__module__ == "hiprune_vllm.engine.classes"
 
 
 def test_the_endpoint_plugin_is_one():

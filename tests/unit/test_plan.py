@@ -173,6 +173,8 @@ def test_total_tokens_are_shared_in_proportion_to_the_full_size():
     assert kept([total, PruningPlan(tokens=7), total], [small, large, small]) == [150, 7, 150]
     assert kept([PruningPlan(total_tokens=3)] * 3, [large, small, small]) == [1, 1, 1]
     assert kept([PruningPlan(total_tokens=10**6)] * 2, [small, small]) == [576, 576]
+    with pytest.raises(PlanError, match=r"one number for the whole request, got \[5, 6\]"):
+        kept([PruningPlan(total_tokens=5), PruningPlan(total_tokens=6)], [small, small])
     with pytest.raises(PlanError, match="at least 1 for each of 2 images, got 1") as error:
         kept([PruningPlan(total_tokens=1)] * 2, [small, small])
     assert error.value.field == "hiprune.total_tokens"

@@ -112,12 +112,18 @@ def resolve_all(
     token each.
 
     Raises:
-        PlanError: fewer total tokens than images that share them.
+        PlanError: fewer total tokens than images that share them, or more than one total.
     """
     plans = list(plans)
     sharing = [i for i, plan in enumerate(plans) if plan.total_tokens is not None]
     if sharing:
-        total = cast(int, plans[sharing[0]].total_tokens)
+        totals = {cast(int, plans[i].total_tokens) for i in sharing}
+        if len(totals) > 1:
+            raise PlanError(
+                f"{FIELD}.total_tokens",
+                f"must be one number for the whole request, got {sorted(totals)}",
+            )
+        (total,) = totals
         if total < len(sharing):
             raise PlanError(
                 f"{FIELD}.total_tokens",

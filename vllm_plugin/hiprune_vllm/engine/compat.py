@@ -40,6 +40,13 @@ def check_engine(vllm_config: Any) -> None:
             f"every image: --mm-encoder-tp-mode must be 'weights', got "
             f"{multimodal.mm_encoder_tp_mode!r}. Remove the flag."
         )
+    speculative = vllm_config.speculative_config
+    draft = speculative.draft_model_config if speculative is not None else None
+    if draft is not None and draft.is_multimodal_model:
+        raise ValueError(
+            "hiprune-vllm cannot serve speculative decoding with a multimodal draft model, which "
+            f"sees images one token ahead: got {draft.model!r}. Use a text-only draft or none."
+        )
     if vllm_config.compilation_config.compile_mm_encoder:
         raise ValueError(
             "hiprune-vllm reads the queries and keys of two encoder layers, which a compiled "

@@ -13,7 +13,22 @@ from hiprune_vllm.pruning.select import Region, kept_indices
 
 
 class UnsupportedCheckpoint(ValueError):
-    """A checkpoint of a known family whose encoder cannot be pruned; the message says why."""
+    """A checkpoint of a known family whose encoder cannot be pruned; the message says why.
+
+    It is served unpruned, and a `hiprune` object is refused with the message.
+    """
+
+
+class TooShallow(ValueError):
+    """An encoder without a layer to take anchors from: the engine does not start."""
+
+    def __init__(self, object_layer: int, output_layer: int, depth: int) -> None:
+        super().__init__(
+            f"hiprune-vllm needs an object layer below the output layer, but this checkpoint's "
+            f"encoder of depth {depth} has object layer {object_layer} and output layer "
+            f"{output_layer}. Serve a checkpoint with more layers, or leave this plugin out by "
+            "naming the others in VLLM_PLUGINS."
+        )
 
 
 @dataclass(frozen=True)

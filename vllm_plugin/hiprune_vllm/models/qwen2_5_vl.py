@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import Encoded, Image, UnsupportedCheckpoint, choose
+from hiprune_vllm.models.base import Encoded, Image, TooShallow, choose
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.positions import encode_positions, no_positions
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
@@ -20,10 +20,7 @@ class Qwen25VLAdapter:
     def encoder(self, hf_config: Any) -> Encoder:
         depth = hf_config.vision_config.depth
         if depth < 2:
-            raise UnsupportedCheckpoint(
-                "pruning needs an object layer below the output layer, "
-                f"this checkpoint's encoder has depth {depth}"
-            )
+            raise TooShallow(depth // 2, depth, depth)
         return Encoder("qwen2_5_vl", depth, depth // 2, has_cls=False)
 
     def tokens(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import UnsupportedCheckpoint, choose
+from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint, choose
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
@@ -26,6 +26,7 @@ def tile_encoder(family: str, hf_config: Any) -> Encoder:
 
     Raises:
         UnsupportedCheckpoint: naming what in the configuration stands in the way.
+        TooShallow: the tower has fewer layers than pruning needs.
     """
     vision = hf_config.vision_config
     if vision.model_type not in TOWERS:
@@ -50,10 +51,7 @@ def tile_encoder(family: str, hf_config: Any) -> Encoder:
     output_layer = depth + layer + 1 if layer < 0 else layer
     object_layer = default_object_layer(depth)
     if not object_layer < output_layer <= depth:
-        raise UnsupportedCheckpoint(
-            f"pruning needs an object layer ({object_layer} of {depth} by default) below the "
-            f"output layer, this checkpoint's output layer is {output_layer}"
-        )
+        raise TooShallow(object_layer, output_layer, depth)
     return Encoder(family, output_layer, object_layer, has_cls)
 
 

@@ -1,0 +1,70 @@
+"""What adapters read from configurations; no engine, no weights."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint
+from hiprune_vllm.models.llava import LlavaAdapter
+from hiprune_vllm.models.llava_next import LlavaNextAdapter, picture_region, tile_regions
+from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
+from hiprune_vllm.plan import Encoder
+
+
+def config(tower="clip_vision_model", depth=24, layer=-2, strategy="default"):
+    return SimpleNamespace(
+        vision_config=SimpleNamespace(
+            model_type=tower, num_hidden_layers=depth, image_size=336, patch_size=14
+        ),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "family"), [(LlavaAdapter(), "llava"), (LlavaNextAdapter(), "llava_next")]
+)
+def test_the_papers_layers_are_the_defaults(adapter, family):
+    """Section 4.1: layer 9 of CLIP-L's 24, features from hidden state -2, so 23 is the output."""
+    assert adapter.encoder(config()) == Encoder(family, 23, 9, has_cls=True)
+    assert adapter.encoder(config(layer=23)) == adapter.encoder(config())
+    assert adapter.encoder(config(depth=9)).object_layer == 3
+    siglip = config("siglip_vision_model", depth=27, strategy="full")
+    assert adapter.encoder(siglip) == Encoder(family, 26, 10, has_cls=False)
+
+
+def test_qwens_object_layer_is_half_its_depth():
+    vision = SimpleNamespace(vision_config=SimpleNamespace(depth=32))
+    assert Qwen25VLAdapter().encoder(vision) == Encoder("qwen2_5_vl", 32, 16, has_cls=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tower": "pixtral"}, "pixtral"),
+        ({"layer": [-24, -20, -12, -1]}, r"\[-24, -20, -12, -1\]"),
+        ({"strategy": "full"}, "'full'"),
+    ],
+)
+def test_variants_that_cannot_be_pruned_are_refused_by_name(changes, named):
+    for adapter in (LlavaAdapter(), LlavaNextAdapter()):
+        with pytest.raises(UnsupportedCheckpoint, match=named):
+            adapter.encoder(config(**changes))
+
+
+def test_a_tower_without_a_layer_for_anchors_does_not_start():
+    with pytest.raises(TooShallow, match=r"depth 2 .* VLLM_PLUGINS"):
+        LlavaAdapter().encoder(config(depth=2))
+    with pytest.raises(TooShallow, match="more layers"):
+        Qwen25VLAdapter().encoder(SimpleNamespace(vision_config=SimpleNamespace(depth=1)))
+
+
+def test_the_picture_is_centred_in_its_grid():
+    assert picture_region((512, 512), (2, 2), 24) == (0, 48, 0, 48)
+    assert picture_region((300, 1000), (1, 3), 24) == (1, 23, 0, 72)
+    assert picture_region((1000, 300), (3, 1), 24) == (0, 72, 1, 23)
+
+
+def test_tiles_of_padding_alone_keep_nothing():
+    regions = tile_regions((900, 60), (1, 3), 24)
+    assert [region.size for region in regions] == [576, 0, 24 * 2, 0]
