@@ -5,11 +5,12 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 JOBS ?= 2
+VLLM ?= 0.33.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-unit lint lock wheel clean
+.PHONY: help venv serve test test-unit test-gpu fidelity contract lint lock wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +36,16 @@ test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to 
 test-unit: venv ## the tests that need no engine (seconds)
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
+test-gpu: ## the checks that need a CUDA device, in the environment of PYTHON
+	$(PYTHON) -m pytest -m gpu -rs $(ARGS)
+
+fidelity: venv ## measure how close the engine is to the oracles (the README's table)
+	$(BIN)/python -m tests.fidelity
+
+contract: venv ## check the vLLM hooks against another release (VLLM=0.33.0), import only
+	$(BIN)/uv pip install --python $(BIN)/python --target build/vllm-$(VLLM) --no-deps vllm==$(VLLM) orjson
+	PYTHONPATH=build/vllm-$(VLLM) $(BIN)/python -m pytest tests/contract -m 'not installed_release' $(ARGS)
+
 lint: venv ## ruff and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +62,4 @@ wheel: venv ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel
 
 clean: ## remove what make made
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

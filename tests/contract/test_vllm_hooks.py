@@ -31,6 +31,7 @@ def parameters(function):
     return list(inspect.signature(function).parameters)
 
 
+@pytest.mark.installed_release
 def test_the_installed_vllm_is_in_the_tested_range():
     check_version(vllm.__version__)
     installed = None
@@ -235,6 +236,7 @@ def test_both_model_runners_take_positions_from_the_model():
     assert "is_multimodal_pruning_enabled()" in inspect.getsource(mm_pruning.maybe_create_mm_pruner)
 
 
+@pytest.mark.installed_release
 def test_the_cpu_runner_asks_after_loading_a_model():
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -243,6 +245,7 @@ def test_the_cpu_runner_asks_after_loading_a_model():
     assert CPUModelRunner.load_model.asks_for_pruning
 
 
+@pytest.mark.installed_release
 def test_the_registered_classes_replace_vllms():
     from vllm import ModelRegistry
 

@@ -7,6 +7,7 @@ import torch
 
 from hiprune_vllm.pruning.budget import ImageBudget
 from tests.e2e.offline import (
+    IN_PROCESS,
     budget_rows,
     engine,
     generate,
@@ -76,7 +77,7 @@ def test_two_ranks_keep_and_answer_what_one_rank_does(clip_checkpoint, probe):
     pixels, rows, expected = probe
     path = str(clip_checkpoint)
     insecure = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # apply_model sends a function
-    one = in_new_process(run, path, 1, pixels, rows, environment=insecure)
+    one = in_new_process(run, path, 1, pixels, rows, environment=insecure | IN_PROCESS)
     two = in_new_process(
         run, path, 2, pixels, rows, environment=insecure | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     )
