@@ -74,7 +74,7 @@ def split_context(
     the key is removed once from a copy of the configuration that this processor alone reads.
 
     Raises:
-        PlanError: the engine-wide plan is invalid (at start-up).
+        RuntimeError: the engine-wide plan is invalid, or the encoder too shallow (at start-up).
     """
     model_config = copy.copy(ctx.model_config)
     multimodal = copy.copy(model_config.get_multimodal_config())
@@ -88,9 +88,12 @@ def split_context(
         encoder, unsupported = None, str(error)
     info = PruningInfo(family, encoder, unsupported, PruningPlan())
     if wish is not None:
-        info = replace(
-            info, default=info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
-        )
+        try:
+            default = info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
+        except PlanError as error:
+            # vLLM takes a ValueError here for "has no images" and starts without them.
+            raise RuntimeError(str(error)) from error
+        info = replace(info, default=default)
     return InputProcessingContext(model_config, ctx.tokenizer), info
 
 

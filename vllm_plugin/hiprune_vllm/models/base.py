@@ -19,8 +19,11 @@ class UnsupportedCheckpoint(ValueError):
     """
 
 
-class TooShallow(ValueError):
-    """An encoder without a layer to take anchors from: the engine does not start."""
+class TooShallow(RuntimeError):
+    """An encoder without a layer to take anchors from: the engine does not start.
+
+    No ValueError: vLLM takes one at this point for "has no images" and starts without them.
+    """
 
     def __init__(self, object_layer: int, output_layer: int, depth: int) -> None:
         super().__init__(
