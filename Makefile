@@ -6,11 +6,13 @@ PORT ?= 8000
 ARGS ?=
 JOBS ?= 2
 VLLM ?= 0.33.0
+LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-unit test-gpu fidelity contract lint lock wheel clean
+.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick lmms-env demo-model contract lint \
+	lock wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +44,20 @@ test-gpu: ## the checks that need a CUDA device, in the environment of PYTHON
 fidelity: venv ## measure how close the engine is to the oracles (the README's table)
 	$(BIN)/python -m tests.fidelity
 
+eval: venv ## measure accuracy against budget through the server (build/eval/report.html)
+	$(BIN)/python -m loadtests.quality $(ARGS)
+
+eval-quick: venv ## the same in two minutes, with thresholds: exit code 1 where pruning is wrong
+	$(BIN)/python -m loadtests.quality --quick $(ARGS)
+
+# PyTorch and all: the same releases as the engine's where both need one, so that little is fetched.
+lmms-env: venv ## set up lmms-eval's own environment (LMMS_VENV; see loadtests/quality/README.md)
+	test -x $(LMMS_VENV)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(LMMS_VENV)
+	$(BIN)/uv pip sync --quiet --python $(LMMS_VENV)/bin/python --require-hashes requirements/lmms.lock
+
+demo-model: venv ## train the demo model again (under an hour on 2 cores; goes on if interrupted)
+	$(BIN)/python -m hiprune_server.demo.training $(ARGS)
+
 contract: venv ## check the vLLM hooks against another release (VLLM=0.33.0), import only
 	$(BIN)/uv pip install --python $(BIN)/python --target build/vllm-$(VLLM) --no-deps vllm==$(VLLM) orjson
 	PYTHONPATH=build/vllm-$(VLLM) $(BIN)/python -m pytest tests/contract -m 'not installed_release' $(ARGS)
@@ -53,8 +69,11 @@ lint: venv ## ruff and the type checker
 
 lock: venv ## compile requirements/*.lock again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-header --extra cpu --group dev --override requirements/overrides.txt \
+		--no-header --extra cpu --extra analysis --group dev --override requirements/overrides.txt \
 		--output-file requirements/cpu.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-header --constraints requirements/overrides.txt --excludes requirements/lmms-excluded.txt \
+		--output-file requirements/lmms.lock requirements/lmms.in
 	grep -A99 '^uv==' requirements/cpu.lock | awk 'NR > 1 && !/^ +--hash/ { exit } { print }' \
 		| sed '$$ s/ *\\$$//' > requirements/installer.lock
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from hiprune_server import demo
 from tests.e2e.offline import (
     IN_PROCESS,
     PROMPT,
@@ -28,6 +27,7 @@ from tests.e2e.offline import (
     worker_model,
 )
 from tests.photos import photo
+from tests.reference import random_llava
 from tests.reference.checkpoints import build_llava_next, build_qwen2_5_vl
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
@@ -55,7 +55,7 @@ class Family:
 
 
 FAMILIES = (
-    Family("LLaVA-1.5", demo.build, LlavaOracle, (192, 128, 64)),
+    Family("LLaVA-1.5", random_llava.build, LlavaOracle, (192, 128, 64)),
     Family("LLaVA-NeXT", build_llava_next, LlavaNextOracle, (640, 320, 160)),
     Family("Qwen2.5-VL", build_qwen2_5_vl, QwenOracle, None, QWEN_PROMPT),
 )

@@ -4,13 +4,15 @@ import argparse
 import base64
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
+from hiprune_server.demo import CHECKPOINT, SAMPLES
 from hiprune_vllm import __version__
 
 
 def banner(args: argparse.Namespace | Any, model: str) -> str:
-    """Several lines for the terminal; the curl line carries its own picture and a budget."""
+    """Several lines for the terminal, with a request that brings a picture and a budget."""
     host = args.host or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     if ":" in host and not host.startswith("["):
@@ -19,15 +21,19 @@ def banner(args: argparse.Namespace | Any, model: str) -> str:
     address = f"{scheme}://{host}:{args.port}"
     # Every key that vLLM takes; the line shows a shell variable, never the secret itself.
     key = ' -H "Authorization: Bearer $API_KEY"' if args.api_key else ""
+    picture, try_also = sample_picture(), ""
+    if Path(args.model) == CHECKPOINT:
+        picture = f"data:image/jpeg;base64,'\"$(base64 -w0 {SAMPLES / 'shapes-1.jpg'})\"'"
+        try_also = f"\nPictures and questions for it: {SAMPLES}"
     return f"""
 hiprune-vllm {__version__}: {model} at {address}/v1
-Budgets, defaults and limits: {address}/v1/hiprune
+Budgets, defaults and limits: {address}/v1/hiprune{try_also}
 Try it:
   curl -s {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{
-    "model": "{model}", "max_tokens": 16, "hiprune": {{"tokens": 192}},
+    "model": "{model}", "max_tokens": 40, "hiprune": {{"tokens": 192}},
     "messages": [{{"role": "user", "content": [
       {{"type": "text", "text": "What is in this picture?"}},
-      {{"type": "image_url", "image_url": {{"url": "{sample_picture()}"}}}}]}}]}}'
+      {{"type": "image_url", "image_url": {{"url": "{picture}"}}}}]}}]}}'
 """
 
 

@@ -3,7 +3,7 @@
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from hiprune_server import demo
+from tests.reference import random_llava
 
 
 def load(folder, **options):
@@ -23,6 +23,6 @@ def test_an_invalid_engine_wide_plan_does_not_start(clip_checkpoint):
 
 
 def test_an_encoder_without_a_layer_for_anchors_does_not_start(tmp_path):
-    demo.build(tmp_path, vision={"num_hidden_layers": 2})
+    random_llava.build(tmp_path, vision={"num_hidden_layers": 2})
     with pytest.raises(RuntimeError, match="more layers"):
         load(tmp_path)

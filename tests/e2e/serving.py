@@ -21,6 +21,12 @@ START_TIMEOUT_S = 240
 BIN = Path(sys.executable).parent
 
 
+def serve(checkpoint: Path, *flags: str) -> list[str]:
+    """The command that serves a small checkpoint under the name "small"."""
+    name = ["--served-model-name", "small", "--max-model-len", "4096", "--enforce-eager"]
+    return [str(BIN / "hiprune-serve"), str(checkpoint), *name, *flags]
+
+
 @dataclass(frozen=True)
 class Server:
     url: str
@@ -60,7 +66,11 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    command: Sequence[str], model: str, folder: Path, environment: dict[str, str] | None = None
+    command: Sequence[str],
+    folder: Path,
+    *,
+    model: str = "small",
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server until the block ends; `command` gets `--host` and `--port` added.
 

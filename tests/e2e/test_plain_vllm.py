@@ -21,7 +21,7 @@ def server(tmp_path_factory, clip_checkpoint):
         *("--max-model-len", "2048", "--enforce-eager", "--trust-request-mm-kwargs"),
         *("--mm-processor-kwargs", json.dumps({"hiprune": {"tokens": 64}})),
     ]
-    with running(command, "small", tmp_path_factory.mktemp("plain")) as running_server:
+    with running(command, tmp_path_factory.mktemp("plain")) as running_server:
         yield running_server
 
 

@@ -1,4 +1,4 @@
-"""The demo server over HTTP: the OpenAI SDK, budgets, clear errors, no harm done."""
+"""The server over HTTP: the OpenAI SDK, budgets, clear errors, no harm done."""
 
 import json
 import re
@@ -12,17 +12,15 @@ from openai import BadRequestError
 from PIL import Image
 
 from hiprune_vllm import __version__
-from tests.e2e.serving import BIN, content, running
+from tests.e2e.serving import content, running, serve
 from tests.photos import data_url, photo
 
 FULL = 576
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    command = [str(BIN / "hiprune-serve"), "--demo"]
-    with running(command, "hiprune-demo", folder) as running_server:
+def server(tmp_path_factory, clip_checkpoint):
+    with running(serve(clip_checkpoint), tmp_path_factory.mktemp("log")) as running_server:
         yield running_server
 
 
@@ -282,7 +280,7 @@ def test_an_undecodable_image_is_a_400_and_the_next_request_works(server, url):
 
 def test_get_hiprune_describes_the_server(server):
     described = httpx.get(f"{server.url}/v1/hiprune").json()
-    assert described["model"] == "hiprune-demo"
+    assert described["model"] == "small"
     assert described["supported"] is True
     assert described["family"] == "llava"
     assert described["versions"]["hiprune-vllm"] == __version__
@@ -299,7 +297,7 @@ def test_get_hiprune_describes_the_server(server):
 
 
 def test_other_routes_stay_vllms(server):
-    assert server.client.models.list().data[0].id == "hiprune-demo"
+    assert server.client.models.list().data[0].id == "small"
     completion = server.client.completions.create(
         model=server.model, prompt="Hello", max_tokens=3, temperature=0
     )
@@ -310,7 +308,7 @@ def test_other_routes_stay_vllms(server):
 
 def test_start_up_prints_a_request_to_paste_that_works(server):
     log = server.log.read_text()
-    assert f"hiprune-demo at {server.url}/v1" in log
+    assert f"small at {server.url}/v1" in log
     (command,) = re.findall(r"^  curl .*?^.*\}'$", log, flags=re.MULTILINE | re.DOTALL)
     assert '"hiprune": {"tokens": 192}' in command
     if not shutil.which("curl"):

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from openai import BadRequestError
 
-from tests.e2e.serving import BIN, running
+from tests.e2e.serving import running, serve
 from tests.photos import data_url, photo
 
 FULL, HALF = 576, 288
@@ -18,9 +18,9 @@ TWO_BUDGETS = "must not have both tokens and total_tokens, got tokens 50 and tot
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    command = [str(BIN / "hiprune-serve"), "--demo", "--hiprune-default", json.dumps(DEFAULT)]
-    with running(command, "hiprune-demo", tmp_path_factory.mktemp("demo")) as running_server:
+def server(tmp_path_factory, clip_checkpoint):
+    command = serve(clip_checkpoint, "--hiprune-default", json.dumps(DEFAULT))
+    with running(command, tmp_path_factory.mktemp("log")) as running_server:
         yield running_server
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hiprune_server import demo
+from tests.reference import random_llava
 
 NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """Height and width of every anyres grid of the LLaVA-NeXT checkpoints."""
@@ -48,7 +48,7 @@ def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> N
         MistralConfig,
     )
 
-    tokenizer = demo.byte_tokenizer()
+    tokenizer = random_llava.byte_tokenizer()
     text = small_text(tokenizer)
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**SMALL_TOWER),
@@ -60,9 +60,9 @@ def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaNextForConditionalGeneration(config)
-        demo.spread_weights(model, tokenizer)
+        random_llava.spread_weights(model, tokenizer)
     model.save_pretrained(folder)
-    demo.rename_tower_weights(folder / "model.safetensors")
+    random_llava.rename_tower_weights(folder / "model.safetensors")
     LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
             size={"shortest_edge": 336},
@@ -73,7 +73,7 @@ def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> N
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=demo.CHAT_TEMPLATE,
+        chat_template=random_llava.CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 
@@ -98,7 +98,7 @@ def build_qwen2_5_vl(folder: Path, *, seed: int = 2, max_pixels: int = 28 * 28 *
         Qwen2VLVideoProcessor,
     )
 
-    tokenizer = demo.byte_tokenizer(
+    tokenizer = random_llava.byte_tokenizer(
         QWEN_SPECIAL_TOKENS, pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
     ids = dict(zip(QWEN_SPECIAL_TOKENS, range(len(QWEN_SPECIAL_TOKENS)), strict=True))
@@ -131,7 +131,7 @@ def build_qwen2_5_vl(folder: Path, *, seed: int = 2, max_pixels: int = 28 * 28 *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-        demo.spread_weights(model, tokenizer)
+        random_llava.spread_weights(model, tokenizer)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "visual" in name and name.endswith("qkv.weight"):
@@ -142,7 +142,7 @@ def build_qwen2_5_vl(folder: Path, *, seed: int = 2, max_pixels: int = 28 * 28 *
         image_processor=Qwen2VLImageProcessor(size=pixels),
         video_processor=Qwen2VLVideoProcessor(size=pixels),
         tokenizer=tokenizer,
-        chat_template=demo.CHAT_TEMPLATE.replace("<s>", "").replace(
+        chat_template=random_llava.CHAT_TEMPLATE.replace("<s>", "").replace(
             "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
         ),
     ).save_pretrained(folder)

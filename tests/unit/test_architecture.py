@@ -24,6 +24,16 @@ ALLOWED = {
         "hiprune_vllm.plan",
         "hiprune_vllm.models",
     ],
+    "hiprune_vllm/analysis": [
+        "torch",
+        "transformers",
+        "numpy",
+        "PIL",
+        "matplotlib",
+        "sklearn",
+        "hiprune_vllm.pruning.scores",
+        "hiprune_vllm.analysis",
+    ],
     "hiprune_vllm/engine": ["torch", "vllm", "cachetools", "numpy", "hiprune_vllm"],
     "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
@@ -35,15 +45,32 @@ ALLOWED = {
         "hiprune_vllm.plan",
         "hiprune_vllm",
     ],
-    "hiprune_server/demo.py": [
+    "hiprune_server/demo/__init__.py": [],
+    "hiprune_server/demo/world.py": ["numpy", "PIL", "hiprune_server.demo.language"],
+    "hiprune_server/demo/language.py": ["numpy"],
+    "hiprune_server/demo/training": [
+        "numpy",
         "torch",
         "transformers",
         "tokenizers",
         "safetensors",
-        "hiprune_vllm",
+        "hiprune_server.demo",
     ],
-    "hiprune_server/banner.py": ["hiprune_vllm"],
+    "hiprune_server/banner.py": ["hiprune_vllm", "hiprune_server.demo"],
     "hiprune_server/__init__.py": [],
+    "loadtests": [
+        "httpx",
+        "numpy",
+        "torch",
+        "transformers",
+        "safetensors",
+        "matplotlib",
+        "PIL",
+        "lmms_eval",
+        "hiprune_server.demo",
+        "hiprune_vllm.pruning",
+        "loadtests",
+    ],
 }
 
 
@@ -57,8 +84,8 @@ def imports(path):
 
 
 def modules():
-    for base in (PLUGIN, SERVER):
-        yield from ((base, path) for path in sorted(base.rglob("*.py")))
+    for base, folder in ((PLUGIN, PLUGIN), (SERVER, SERVER), (ROOT, ROOT / "loadtests")):
+        yield from ((base, path) for path in sorted(folder.rglob("*.py")))
 
 
 def within(name, prefix):

@@ -1,7 +1,9 @@
 import argparse
 import json
 import os
+import re
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -40,7 +42,7 @@ def served(argv, monkeypatch, tmp_path):
     """What `main` hands to vLLM."""
     calls = []
     monkeypatch.setattr(cli, "serve", lambda flags, default: calls.append((list(flags), default)))
-    monkeypatch.setattr(cli.demo, "demo_checkpoint", lambda: tmp_path)
+    monkeypatch.setattr(cli.demo, "CHECKPOINT", tmp_path)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", "")
     cli.main(argv)
@@ -70,7 +72,13 @@ def test_both_plugins_are_allowed_and_others_stay(monkeypatch):
 
 
 def arguments(**changes):
-    standard = {"host": "127.0.0.1", "port": 8000, "ssl_certfile": None, "api_key": None}
+    standard = {
+        "model": "some/model",
+        "host": "127.0.0.1",
+        "port": 8000,
+        "ssl_certfile": None,
+        "api_key": None,
+    }
     return argparse.Namespace(**(standard | changes))
 
 
@@ -99,6 +107,13 @@ def test_the_banner_keeps_the_api_key_to_itself():
     text = banner(arguments(api_key=["secret"]), "my-model")
     assert "secret" not in text
     assert "Bearer $API_KEY" in text
+
+
+def test_the_demos_banner_asks_about_a_picture_that_it_knows():
+    text = banner(arguments(model=str(cli.demo.CHECKPOINT)), "hiprune-demo")
+    assert f"Pictures and questions for it: {cli.demo.SAMPLES}" in text
+    (path,) = re.findall(r"base64 -w0 (\S+)\)", text)
+    assert Path(path).is_file()
 
 
 def test_the_sample_picture_is_a_picture():

@@ -1,20 +1,9 @@
-"""The demo checkpoint: a tiny LLaVA with real geometry and random weights, built on the spot.
+"""A tiny LLaVA with real geometry and random weights, for the oracle to be compared on."""
 
-It shows every part of the road (24x24 patches of a 336-pixel picture, CLIP tower, projector,
-Llama text model, processor, tokenizer, chat template) but has learned nothing: answers are
-letters at random, the same for the same picture, question and budget.
-"""
-
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hiprune_vllm import __version__
-
-NAME = "hiprune-demo"
 SEED = 20250801
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ message['role'] | upper }}: "
@@ -26,32 +15,6 @@ CHAT_TEMPLATE = (
 )
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 MAX_NEW_TOKENS = 64  # without a limit of the client's: the model never ends an answer by itself
-
-
-def demo_checkpoint(cache: Path | None = None) -> Path:
-    """Path of the demo checkpoint, built on first use (seconds) and kept for the next start.
-
-    Args:
-        cache: folder to keep it in; by default `$XDG_CACHE_HOME/hiprune` or `~/.cache/hiprune`.
-    """
-    if cache is None:
-        home = os.environ.get("XDG_CACHE_HOME")
-        cache = (Path(home) if home else Path.home() / ".cache") / "hiprune"
-    target = cache / f"{NAME}-{__version__}-{SEED}"
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
-    try:
-        build(scratch)
-        scratch.chmod(0o755)
-        scratch.rename(target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process has built it meanwhile
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def build(
@@ -147,7 +110,7 @@ def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, **names: Any)
 
     Args:
         special_tokens: the first ids, in order.
-        names: which of them is what (`eos_token`, ...); those of the demo model by default.
+        names: which of them is what (`eos_token`, ...); those of a LLaVA by default.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

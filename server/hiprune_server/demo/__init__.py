@@ -1,0 +1,12 @@
+"""The embedded demo model: a LLaVA in small that knows coloured shapes and number cards.
+
+`world` draws its pictures and `language` asks about them; `training` made the weights in
+`checkpoint`, whose README is the model card.
+"""
+
+from pathlib import Path
+
+NAME = "hiprune-demo"
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+SAMPLES = Path(__file__).parent / "samples"
+"""Pictures to try, with `questions.json`: file name -> [question, answer] pairs."""
