@@ -1,0 +1,1 @@
+"""Load and quality tests: clients of a running server, over HTTP only."""

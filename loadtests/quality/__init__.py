@@ -1,0 +1,1 @@
+"""What a budget costs: accuracy against visual tokens kept, through the real server."""
