@@ -39,7 +39,7 @@ def accuracy_plot(rows: Sequence[dict[str, Any]]) -> str:
                     "all tokens", (0.01, 100 * row["accuracy"]), (0, 2), fontsize=9,
                     xycoords=("axes fraction", "data"), textcoords="offset points",
                 )  # fmt: skip
-        for method, (colour, marker, label) in STYLE.items():
+        for depth, (method, (colour, marker, label)) in enumerate(STYLE.items()):
             mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["tokens"])
             if not mine:
                 continue
@@ -48,16 +48,17 @@ def accuracy_plot(rows: Sequence[dict[str, Any]]) -> str:
             high = [100 * r["high"] - v for v, r in zip(value, mine, strict=True)]
             axes.errorbar(
                 [r["tokens"] for r in mine], value, yerr=[low, high],
-                color=colour, marker=marker, ms=5, lw=1.6, capsize=2, label=label,
+                color=colour, marker=marker, ms=5, lw=1.6, capsize=2, label=label, zorder=10 - depth,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(sorted({r["tokens"] for r in rows if r["tokens"]}))
-        axes.tick_params(axis="x", labelrotation=45)
+        axes.set_xticks(
+            sorted({r["tokens"] for r in rows if r["tokens"] and r["method"] != "downscaled"})
+        )
         axes.set(xlabel="visual tokens kept", ylabel="exact match, %", ylim=(0, 104))
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return svg(figure)
 
 
