@@ -2,10 +2,10 @@
 
 import copy
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -30,6 +30,8 @@ class Pruning(Protocol):
 
 
 Images = list[dict[str, Any]]
+Presets = Mapping[str, PruningPlan]
+"""`detail` of an image -> the operator's plan for it."""
 
 IMAGE_PARTS = ("image_url", "input_image", "image_pil", "image_embeds")
 """Content parts that vLLM reads as an image: their `type`, or a key where that is missing."""
@@ -41,23 +43,38 @@ class Wishes:
 
     asked: bool
     whole: PruningPlan
-    of_images: Sequence[PruningPlan | None]
+    of_images: Sequence["ImageWish"]
 
     def source(self, index: int) -> str:
         """Who decided the budget of an image."""
-        own = self.of_images[index] if index < len(self.of_images) else None
-        if own is not None and own.has_budget:
+        wish = self.of_images[index] if index < len(self.of_images) else ImageWish()
+        if wish.own is not None and wish.own.has_budget:
             return "image"
+        if wish.detail is not None and wish.detail.has_budget:
+            return "detail"
         return "request" if self.whole.has_budget else "default"
 
 
-def take_image_plans(request: ChatCompletionRequest, pruning: Pruning) -> list[PruningPlan | None]:
+class ImageWish(NamedTuple):
+    """What one image part says: its `hiprune` object, and the preset of its `detail`."""
+
+    own: PruningPlan | None = None
+    detail: PruningPlan | None = None
+
+    def over(self, whole: PruningPlan) -> PruningPlan:
+        """The image's plan, `whole` deciding what it leaves open."""
+        return (self.own or PruningPlan()).over((self.detail or PruningPlan()).over(whole))
+
+
+def take_image_wishes(
+    request: ChatCompletionRequest, pruning: Pruning, presets: Presets
+) -> list[ImageWish]:
     """Removes the `hiprune` objects from the request's image parts; one entry an image, in order.
 
     Raises:
-        PlanError: an object is invalid, or stands where it has no effect.
+        PlanError: an object or a `detail` is invalid, or stands where it has no effect.
     """
-    plans: list[PruningPlan | None] = []
+    wishes: list[ImageWish] = []
     for m, message in enumerate(request.messages):
         if not isinstance(message, dict):
             continue
@@ -89,13 +106,29 @@ def take_image_plans(request: ChatCompletionRequest, pruning: Pruning) -> list[P
                 if FIELD in part:
                     raise PlanError(name, "must stand in an image part, this part is none")
                 continue
+            preset = _preset(part, f"messages[{m}].content[{p}]", presets)
             if FIELD not in part:
-                plans.append(None)
+                wishes.append(ImageWish(None, preset))
                 continue
-            plans.append(pruning.parse(part[FIELD], name=name, for_one_image=True))
+            own = pruning.parse(part[FIELD], name=name, for_one_image=True)
+            wishes.append(ImageWish(own, preset))
             parts[-1] = {key: value for key, value in part.items() if key != FIELD}
         cast(dict[str, Any], message)["content"] = parts
-    return plans
+    return wishes
+
+
+def _preset(part: dict[str, Any], name: str, presets: Presets) -> PruningPlan | None:
+    """What the image's `detail` means to the operator; None for `auto` and for none."""
+    inner = part.get("image_url")
+    where, place = (inner, f"{name}.image_url") if isinstance(inner, dict) else (part, name)
+    detail = where.get("detail")
+    if detail is None or detail == "auto" or not presets:  # none: this model cannot be pruned
+        return None
+    if not isinstance(detail, str) or detail not in presets:
+        raise PlanError(
+            f"{place}.detail", f"must be one of auto, {', '.join(presets)}, got {detail!r}"[:200]
+        )
+    return presets[detail]
 
 
 class PrunedChat(OpenAIServingChat):
@@ -106,11 +139,12 @@ class PrunedChat(OpenAIServingChat):
     """
 
     _pruning: Pruning
+    _presets: Presets
     _trust_request: bool
     _images: ContextVar[Images | None]
 
     @classmethod
-    def around(cls, handler: OpenAIServingChat, pruning: Pruning) -> "PrunedChat":
+    def around(cls, handler: OpenAIServingChat, pruning: Pruning, presets: Presets) -> "PrunedChat":
         """A pruned copy of vLLM's `handler`, which itself stays as it is."""
         if type(handler) is not OpenAIServingChat:
             raise RuntimeError(
@@ -119,6 +153,7 @@ class PrunedChat(OpenAIServingChat):
         pruned = cls.__new__(cls)
         pruned.__dict__.update(handler.__dict__)
         pruned._pruning = pruning
+        pruned._presets = presets
         pruned._trust_request = handler.online_renderer.trust_request_mm_kwargs
         pruned._images = ContextVar("hiprune_images", default=None)
         pruned.online_renderer = copy.copy(handler.online_renderer)
@@ -147,18 +182,21 @@ class PrunedChat(OpenAIServingChat):
         """Moves every `hiprune` object of the request to the processor options."""
         extra = request.model_extra or {}
         options = request.mm_processor_kwargs or {}
-        of_images = take_image_plans(request, self._pruning)
-        asked = FIELD in extra or any(plan is not None for plan in of_images)
+        of_images = take_image_wishes(request, self._pruning, self._presets)
+        asked = FIELD in extra or any(wish.own is not None for wish in of_images)
+        detailed = any(wish.detail is not None for wish in of_images)
         if asked and FIELD in options:
             raise PlanError(FIELD, "must be given once, got it in mm_processor_kwargs too")
-        if not asked:
+        if not asked and not detailed:
             value = options.get(FIELD, {})
             whole = self._pruning.parse(value) if isinstance(value, dict) and value else None
             return Wishes(False, whole or PruningPlan(), of_images)
+        if detailed and FIELD in options:
+            raise PlanError(f"mm_processor_kwargs.{FIELD}", "must not meet an image's detail")
         whole = self._pruning.parse(extra[FIELD]) if FIELD in extra else PruningPlan()
-        plans = [(plan or PruningPlan()).over(whole).to_dict() for plan in of_images]
-        uniform = all(plan is None for plan in of_images)
-        request.mm_processor_kwargs = {**options, FIELD: whole.to_dict() if uniform else plans}
+        plans = [wish.over(whole) for wish in of_images]
+        uniform = all(wish == ImageWish() for wish in of_images)
+        request.mm_processor_kwargs = {**options, FIELD: whole if uniform else plans}
         return Wishes(True, whole, of_images)
 
     async def chat_completion_full_generator(

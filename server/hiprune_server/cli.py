@@ -1,21 +1,19 @@
 """`hiprune-serve`: vLLM's own server with the HiPrune plugins switched on."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
 from hiprune_server import demo
-from hiprune_vllm.plan import FIELD, Encoder, PlanError, parse_plan
+from hiprune_server.config import FILE, SETTINGS, Config, ConfigError, load
+from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
 
 ENDPOINT_PLUGIN = "hiprune_api"
 GENERAL_PLUGIN = "hiprune"
-
-_ANY_ENCODER = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
-"""Allows whatever some model allows: the model's own limits are checked once it is known."""
 
 _DEMO_FLAGS = {
     "--served-model-name": f"={demo.NAME}",
@@ -25,27 +23,33 @@ _DEMO_FLAGS = {
     "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 
+KEYS = tuple(setting.key for setting in SETTINGS)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, prepares the environment and runs the server until it is stopped."""
-    own, rest = parse_own(sys.argv[1:] if argv is None else argv)
+    own, rest, config = parse_own(sys.argv[1:] if argv is None else argv)
+    if own.print_config:
+        sys.stdout.write(config.text())
+        return
+    config.export(os.environ)
     allow_plugins()
     if own.demo:
         flags = [flag + v for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
         rest = [str(demo.CHECKPOINT), *flags, *rest]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; hundreds of demo requests
-    serve(rest, own.hiprune_default)
+    serve(rest, config)
 
 
-def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the command line into this program's options and vLLM's.
+def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Config]:
+    """Splits the command line into this program's options and vLLM's, and reads the settings.
 
     Returns:
-        Namespace with `demo` and `hiprune_default` (a dict or None), and what is vLLM's, untouched.
+        Namespace with `demo` and `print_config`, what is vLLM's, untouched, and the settings.
     """
     parser = argparse.ArgumentParser(
         prog="hiprune-serve",
-        usage="hiprune-serve (MODEL | --demo) [--hiprune-default JSON] [any `vllm serve` flag]",
+        usage="hiprune-serve (MODEL | --demo) [settings] [any `vllm serve` flag]",
         description="OpenAI-compatible vLLM server with a visual-token budget per request.",
         epilog="Every other flag is vLLM's: hiprune-serve --help=all lists them.",
         allow_abbrev=False,
@@ -54,11 +58,19 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--demo", action="store_true", help="serve the embedded demo model, no network needed"
     )
     parser.add_argument(
-        "--hiprune-default",
-        metavar="JSON",
-        type=_plan_json,
-        help="plan for requests that ask for nothing, e.g. '{\"tokens\": 192}' (default: keep all)",
+        "--print-config", action="store_true", help="show all settings and their sources, and stop"
     )
+    settings = parser.add_argument_group(
+        "settings", "before environment variables (HIPRUNE_...) before the file"
+    )
+    settings.add_argument("--hiprune-config", dest=FILE, metavar="FILE", help="YAML file")
+    for one in SETTINGS:
+        told = f"{one.help}; {one.variable}".replace("%", "%%")
+        settings.add_argument(one.flag, dest=one.key, metavar=one.shape, help=told)
+    settings.add_argument(
+        "--hiprune-preset", action="append", default=[], metavar="DETAIL=JSON",
+        help='the same as --hiprune-preset-low or -high, e.g. low=\'{"ratio": 0.111}\'',
+    )  # fmt: skip
     own, rest = parser.parse_known_args(argv)
     unknown = [flag for flag in rest if flag.startswith("--hiprune")]
     if unknown:
@@ -66,22 +78,25 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     positional = bool(rest) and not rest[0].startswith("-")
     if own.demo and (positional or _has_flag(rest, "--model")):
         parser.error("--demo serves its own model, got another one as well")
-    if not own.demo and not rest:
+    if not own.demo and not rest and not own.print_config:
         parser.error("name a MODEL to serve, or use --demo")
-    return own, rest
+    given = {key: text for key in (FILE, *KEYS) if (text := getattr(own, key)) is not None}
+    for preset in own.hiprune_preset:
+        detail, _, text = preset.partition("=")
+        key = f"presets.{detail}"
+        if key not in KEYS or key in given:
+            parser.error(
+                f"--hiprune-preset takes low=JSON and high=JSON, once each, got {preset!r}"
+            )
+        given[key] = text
+    try:
+        return own, rest, load(given, os.environ)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def _has_flag(flags: Sequence[str], name: str) -> bool:
     return any(flag == name or flag.startswith(f"{name}=") for flag in flags)
-
-
-def _plan_json(text: str) -> dict[str, Any]:
-    try:
-        return parse_plan(json.loads(text), _ANY_ENCODER, for_one_image=True).to_dict()
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r} ({error})") from None
-    except PlanError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def allow_plugins() -> None:
@@ -104,13 +119,8 @@ def allow_plugins() -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, GENERAL_PLUGIN, ENDPOINT_PLUGIN]))
 
 
-def serve(flags: Sequence[str], default: dict[str, Any] | None) -> None:
-    """Runs `vllm serve` in this process.
-
-    Args:
-        flags: command line of `vllm serve`.
-        default: engine-wide plan, None for none.
-    """
+def serve(flags: Sequence[str], config: Config) -> None:
+    """Runs `vllm serve` in this process; `flags` are its command line."""
     # vLLM reads its environment when it is imported. The `vllm` command itself does not start
     # with the CPU re-packaging (it looks up a distribution named vllm); its parts do.
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -122,11 +132,14 @@ def serve(flags: Sequence[str], default: dict[str, Any] | None) -> None:
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hiprune-serve"))
     args = parser.parse_args(list(flags))
-    if default is not None:
-        kwargs = dict(args.mm_processor_kwargs or {})
-        if FIELD in kwargs:
-            parser.error(f"--hiprune-default and {FIELD} in --mm-processor-kwargs: give one")
-        args.mm_processor_kwargs = {**kwargs, FIELD: default}
+    engine_wide: dict[str, Any] = {FIELD: config["default"]} if config["default"] else {}
+    if config.limits != NO_LIMITS:
+        engine_wide[LIMITS] = asdict(config.limits)
+    kwargs = dict(args.mm_processor_kwargs or {})
+    for key in engine_wide.keys() & kwargs.keys():
+        parser.error(f"{key} in --mm-processor-kwargs and as a setting of this server: give one")
+    if engine_wide:
+        args.mm_processor_kwargs = kwargs | engine_wide
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)

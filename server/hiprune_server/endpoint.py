@@ -1,8 +1,10 @@
 """vLLM endpoint plugin: puts the pruned chat handler in place and adds `GET /v1/hiprune`."""
 
 import argparse
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import vllm
@@ -11,8 +13,19 @@ from starlette.datastructures import State
 
 from hiprune_server.banner import banner
 from hiprune_server.chat import PrunedChat
+from hiprune_server.config import Config, load
+from hiprune_server.refusal import RefuseBudgets
 from hiprune_vllm import __version__
-from hiprune_vllm.plan import FULL, PlanError, PruningPlan, complete, schema
+from hiprune_vllm.plan import (
+    FULL,
+    NO_LIMITS,
+    Encoder,
+    PlanError,
+    PruningPlan,
+    complete,
+    parse_plan,
+    schema,
+)
 
 
 class NoPruning:
@@ -20,6 +33,7 @@ class NoPruning:
 
     encoder = None
     default = PruningPlan()
+    limits = NO_LIMITS
 
     def __init__(self, architectures: list[str]) -> None:
         self.unsupported = f"hiprune does not support {', '.join(architectures)}"
@@ -38,6 +52,7 @@ class HiPruneEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
+        app.add_middleware(RefuseBudgets)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager
@@ -53,7 +68,28 @@ class HiPruneEndpointPlugin:
         info = getattr(processor, "info", None)
         architectures = list(engine_client.model_config.hf_config.architectures or ["this model"])
         state.hiprune = getattr(info, "pruning", None) or NoPruning(architectures)
-        state.openai_serving_chat = PrunedChat.around(state.openai_serving_chat, state.hiprune)
+        state.hiprune_presets = presets(load({}, os.environ), state.hiprune.encoder)
+        state.openai_serving_chat = PrunedChat.around(
+            state.openai_serving_chat, state.hiprune, state.hiprune_presets
+        )
+
+
+def presets(config: Config, encoder: Encoder | None) -> dict[str, PruningPlan]:
+    """`detail` of an image -> its plan; none where the model cannot be pruned.
+
+    Raises:
+        RuntimeError: a preset that this model cannot serve.
+    """
+    if encoder is None:
+        return {}
+    found = {}
+    for detail, wish in config.presets.items():
+        try:
+            plan = parse_plan(wish, encoder, field=f"presets.{detail}", for_one_image=True)
+        except PlanError as error:
+            raise RuntimeError(str(error)) from error
+        found[detail] = replace(plan, of_operator=True)
+    return found
 
 
 def _model_name(state: State) -> str:
@@ -77,5 +113,8 @@ async def describe(raw_request: Request) -> dict[str, Any]:
         "family": encoder.family,
         "encoder": {"output_layer": encoder.output_layer, "has_cls": encoder.has_cls},
         "default": default.to_dict(),
-        "limits": schema(encoder),
+        "presets": {
+            detail: plan.to_dict() for detail, plan in raw_request.app.state.hiprune_presets.items()
+        },
+        "limits": schema(encoder, pruning.limits),
     }

@@ -36,6 +36,7 @@ ALLOWED = {
     ],
     "hiprune_vllm/engine": ["torch", "vllm", "cachetools", "numpy", "hiprune_vllm"],
     "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/config.py": ["yaml", "hiprune_vllm.plan", "hiprune_vllm.pruning.budget"],
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/endpoint.py": [
         "vllm",
@@ -45,6 +46,7 @@ ALLOWED = {
         "hiprune_vllm.plan",
         "hiprune_vllm",
     ],
+    "hiprune_server/refusal.py": ["starlette", "hiprune_vllm.plan"],
     "hiprune_server/demo/__init__.py": [],
     "hiprune_server/demo/world.py": ["numpy", "PIL", "hiprune_server.demo.language"],
     "hiprune_server/demo/language.py": ["numpy"],

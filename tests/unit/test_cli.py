@@ -13,8 +13,8 @@ from hiprune_server.banner import banner, sample_picture
 
 def test_other_flags_are_vllms_untouched():
     argv = ["some/model", "--port", "81", "--hiprune-default", '{"tokens": 192}', "-tp", "2"]
-    own, rest = cli.parse_own(argv)
-    assert own.hiprune_default == {"tokens": 192}
+    own, rest, config = cli.parse_own(argv)
+    assert config["default"] == {"tokens": 192}
     assert not own.demo
     assert rest == ["some/model", "--port", "81", "-tp", "2"]
 
@@ -25,9 +25,15 @@ def test_other_flags_are_vllms_untouched():
         ([], "name a MODEL to serve, or use --demo"),
         (["--demo", "some/model"], "--demo serves its own model"),
         (["--demo", "--model=x"], "--demo serves its own model"),
-        (["m", "--hiprune-default", "192"], "hiprune must be an object, got 192"),
-        (["m", "--hiprune-default", "{tokens: 1}"], "must be a JSON object"),
-        (["m", "--hiprune-default", '{"tokens": 0}'], "hiprune.tokens must be an integer"),
+        (["m", "--hiprune-default", "192"], "--hiprune-default must be an object, got 192"),
+        (["m", "--hiprune-default", "{tokens: 1}"], "--hiprune-default must be JSON"),
+        (
+            ["m", "--hiprune-default", '{"tokens": 0}'],
+            "--hiprune-default.tokens must be an integer",
+        ),
+        (["m", "--hiprune-preset", "medium={}"], "--hiprune-preset takes low=JSON and high=JSON"),
+        (["m", "--hiprune-preset", "low={}", "--hiprune-preset-low", "{}"], "once each"),
+        (["m", "--hiprune-config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
         (["m", "--hiprune-defaults", "{}"], "unknown flag --hiprune-defaults"),
     ],
 )
@@ -41,7 +47,7 @@ def test_a_wrong_command_line_is_explained(argv, message, capsys):
 def served(argv, monkeypatch, tmp_path):
     """What `main` hands to vLLM."""
     calls = []
-    monkeypatch.setattr(cli, "serve", lambda flags, default: calls.append((list(flags), default)))
+    monkeypatch.setattr(cli, "serve", lambda flags, config: calls.append((list(flags), config)))
     monkeypatch.setattr(cli.demo, "CHECKPOINT", tmp_path)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", "")
@@ -51,12 +57,12 @@ def served(argv, monkeypatch, tmp_path):
 
 
 def test_the_demo_has_flags_of_its_own_that_can_be_overridden(monkeypatch, tmp_path):
-    flags, default = served(["--demo", "--port", "9", "--host", "::"], monkeypatch, tmp_path)
+    flags, config = served(["--demo", "--port", "9", "--host", "::"], monkeypatch, tmp_path)
     assert flags[0] == str(tmp_path)
     assert "--served-model-name=hiprune-demo" in flags
     assert not any(flag.startswith("--host=") for flag in flags)
     assert flags[-4:] == ["--port", "9", "--host", "::"]
-    assert default is None
+    assert config["default"] == {}
 
 
 def test_both_plugins_are_allowed_and_others_stay(monkeypatch):

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from hiprune_vllm.plan import (
     FULL,
+    KNOBS,
     MAX_TOKENS,
     Encoder,
+    Limits,
     PlanError,
     PruningPlan,
     TokenCount,
@@ -121,7 +123,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-keys = st.sampled_from([f.name for f in dataclasses.fields(PruningPlan)]) | st.text()
+keys = st.sampled_from(list(KNOBS)) | st.text()
 
 
 @given(values | st.dictionaries(keys, values, max_size=4))
@@ -137,7 +139,7 @@ def test_whatever_comes_is_either_served_exactly_or_refused(value):
 
 def test_the_published_schema_agrees_with_the_parser():
     published = schema(CLIP)
-    assert list(published) == [f.name for f in dataclasses.fields(PruningPlan)]
+    assert list(published) == list(KNOBS)
     json.dumps(published)
     for knob, rule in published.items():
         for edge in ("minimum", "maximum"):
@@ -202,3 +204,58 @@ def test_a_pruned_image_has_no_tokens_of_the_models_own():
     assert PruningPlan(tokens=50).resolve(count, CLIP).keep == 50
     assert PruningPlan(tokens=95).resolve(count, CLIP).keep == 90
     assert PruningPlan(tokens=100).resolve(count, CLIP).is_full
+
+
+LIMITS = Limits(min_tokens=16, max_tokens=192, methods=("hiprune",), fixed=("alpha",))
+
+
+@pytest.mark.parametrize(
+    ("wish", "field", "message"),
+    [
+        ({"tokens": 15}, "hiprune.tokens", "at least 16 (limits.min_tokens)"),
+        ({"tokens": 193}, "hiprune.tokens", "at most 192 (limits.max_tokens)"),
+        ({"alpha": 0.1}, "hiprune.alpha", "set by the operator (limits.fixed)"),
+        ({"method": "random"}, "hiprune.method", "must be one of hiprune (limits.methods)"),
+    ],
+)
+def test_a_wish_outside_the_limits_is_told(wish, field, message):
+    with pytest.raises(PlanError) as error:
+        LIMITS.check(parse_plan(wish, CLIP))
+    assert error.value.field == field
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "field"),
+    [
+        (PruningPlan(ratio=0.01), "hiprune.ratio"),
+        (PruningPlan(ratio=1.0), "hiprune.ratio"),
+        (PruningPlan(total_tokens=20), "hiprune.total_tokens"),
+    ],
+)
+def test_a_share_outside_the_limits_is_told_once_the_image_is_known(plan, field):
+    with pytest.raises(PlanError, match="of an image's 576 tokens") as error:
+        resolve_all([plan] * 2, [TokenCount(576, 576)] * 2, CLIP, LIMITS)
+    assert error.value.field == field
+
+
+@given(st.integers(1, 3000), st.integers(1, 400), st.integers(0, 400))
+def test_the_operators_own_plans_are_held_within_the_limits(full, low, more):
+    limits = Limits(min_tokens=low, max_tokens=low + more)
+    count = TokenCount(full, full)
+    for own in (PruningPlan(ratio=1.0), PruningPlan(ratio=0.01), PruningPlan(tokens=200)):
+        plan = PruningPlan(alpha=0.2).over(dataclasses.replace(own, of_operator=True))
+        (budget,) = resolve_all([plan], [count], CLIP, limits)
+        assert min(low, full) <= budget.keep <= min(low + more, full)
+
+
+def test_an_image_smaller_than_the_limit_keeps_all():
+    (budget,) = resolve_all([PruningPlan(tokens=16)], [TokenCount(9, 9)], CLIP, LIMITS)
+    assert budget.is_full
+
+
+def test_a_budget_is_its_owners():
+    preset = PruningPlan(tokens=64, of_operator=True)
+    assert PruningPlan(alpha=0.5).over(preset).of_operator
+    assert not PruningPlan(ratio=0.5).over(preset).of_operator
+    assert PruningPlan(ratio=0.5).over(preset).tokens is None

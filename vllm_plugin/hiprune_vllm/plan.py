@@ -4,7 +4,7 @@ Standard library only, so that the server can use it without torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, cast
 
 from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES, ImageBudget, spread, tokens_kept
@@ -12,6 +12,8 @@ from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES, ImageBudget, s
 MAX_TOKENS: Final = 2**31 - 1
 DEFAULT_ALPHA: Final = 0.1  # section 4.1 of the paper
 FIELD: Final = "hiprune"
+LIMITS: Final = "hiprune_limits"
+"""Beside FIELD in the engine's `mm_processor_kwargs`: fields of `Limits`."""
 BUDGETS: Final = ("tokens", "ratio", "total_tokens")
 """Three ways to say how many; at most one in a plan."""
 
@@ -55,8 +57,65 @@ class TokenCount(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What the operator lets requests ask for.
+
+    Attributes:
+        min_tokens, max_tokens: visual tokens kept of one image; one that has fewer may keep all.
+        methods: that may be chosen.
+        fixed: knobs that may not be given at all.
+    """
+
+    min_tokens: int = 1
+    max_tokens: int = MAX_TOKENS
+    methods: tuple[str, ...] = METHODS
+    fixed: tuple[str, ...] = ()
+
+    def check(self, plan: "PruningPlan", field: str = FIELD) -> None:
+        """Raises `PlanError` where a wish is outside, as far as that shows without the image."""
+        for knob in self.fixed:
+            if getattr(plan, knob) is not None:
+                raise PlanError(
+                    f"{field}.{knob}", "is set by the operator (limits.fixed), leave it out"
+                )
+        if plan.method is not None and plan.method not in self.methods:
+            raise PlanError(
+                f"{field}.method",
+                f"must be one of {', '.join(self.methods)} (limits.methods), got {plan.method!r}",
+            )
+        if plan.tokens is not None and not self.min_tokens <= plan.tokens <= self.max_tokens:
+            raise PlanError(f"{field}.tokens", f"{self._told()}, got {plan.tokens}")
+
+    def apply(self, keep: int, full: int, plan: "PruningPlan") -> int:
+        """Tokens kept of an image of `full`: the operator's own wish is held within the limits.
+
+        Raises:
+            PlanError: a request's wish comes to something outside.
+        """
+        held = min(max(keep, min(self.min_tokens, full)), self.max_tokens)
+        if keep == held or plan.of_operator:
+            return held
+        name = [name for name in BUDGETS if getattr(plan, name) is not None][-1]
+        raise PlanError(
+            f"{FIELD}.{name}", f"{self._told()}, got {keep} of an image's {full} tokens"
+        )
+
+    def _told(self) -> str:
+        return (
+            f"must keep at least {self.min_tokens} (limits.min_tokens) and at most "
+            f"{self.max_tokens} (limits.max_tokens) tokens of an image"
+        )
+
+
+NO_LIMITS: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """A wish for one image. `None` means "no wish": whoever is next in precedence decides."""
+    """A wish for one image. `None` means "no wish": whoever is next in precedence decides.
+
+    `of_operator` is no knob: the budget is the server's own, not a request's.
+    """
 
     tokens: int | None = None
     ratio: float | None = None
@@ -66,29 +125,42 @@ class PruningPlan:
     buffer: str | None = None
     score: str | None = None
     method: str | None = None
+    of_operator: bool = False
 
     @property
     def has_budget(self) -> bool:
         return any(getattr(self, name) is not None for name in BUDGETS)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is asked for that would drop a token."""
+        return self.tokens is self.total_tokens is None and self.ratio in (None, 1.0)
+
     def over(self, base: "PruningPlan") -> "PruningPlan":
         """This wish, with `base` deciding what it leaves open. The budget counts as one knob."""
         chosen = {
-            f.name: mine if (mine := getattr(self, f.name)) is not None else getattr(base, f.name)
-            for f in fields(self)
+            name: mine if (mine := getattr(self, name)) is not None else getattr(base, name)
+            for name in KNOBS
         }
-        if self.has_budget:
-            chosen |= {name: getattr(self, name) for name in BUDGETS}
+        decides = self if self.has_budget else base
+        chosen |= {name: getattr(decides, name) for name in (*BUDGETS, "of_operator")}
         return PruningPlan(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """The wish as the JSON object that `parse_plan` reads."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name in KNOBS if (value := getattr(self, name)) is not None}
 
-    def resolve(self, count: TokenCount, encoder: Encoder) -> ImageBudget:
-        """Numbers for one image (not for `total_tokens`); `seed` is left at 0."""
+    def resolve(
+        self, count: TokenCount, encoder: Encoder, limits: Limits = NO_LIMITS
+    ) -> ImageBudget:
+        """Numbers for one image (not for `total_tokens`); `seed` is left at 0.
+
+        Raises:
+            PlanError: it comes to a number outside the limits.
+        """
         plan = complete(self, encoder)
         keep = tokens_kept(count.full, tokens=plan.tokens, ratio=plan.ratio)
+        keep = limits.apply(keep, count.full, plan)
         return ImageBudget.of(
             count.full,
             keep if keep == count.full else min(keep, count.prunable),
@@ -104,7 +176,10 @@ FULL: Final = PruningPlan(ratio=1.0)
 
 
 def resolve_all(
-    plans: Sequence[PruningPlan], counts: Sequence[TokenCount], encoder: Encoder
+    plans: Sequence[PruningPlan],
+    counts: Sequence[TokenCount],
+    encoder: Encoder,
+    limits: Limits = NO_LIMITS,
 ) -> list[ImageBudget]:
     """Numbers for all images of one request.
 
@@ -112,7 +187,8 @@ def resolve_all(
     token each.
 
     Raises:
-        PlanError: fewer total tokens than images that share them, or more than one total.
+        PlanError: fewer total tokens than images that share them, more than one total, or an image
+            outside the limits.
     """
     plans = list(plans)
     sharing = [i for i, plan in enumerate(plans) if plan.total_tokens is not None]
@@ -135,8 +211,8 @@ def resolve_all(
             shares[shares.index(max(shares))] -= 1
             shares[empty] = 1
         for i, share in zip(sharing, shares, strict=True):
-            plans[i] = replace(plans[i], tokens=share, total_tokens=None)
-    return [plan.resolve(count, encoder) for plan, count in zip(plans, counts, strict=True)]
+            plans[i] = replace(plans[i], tokens=share)
+    return [plan.resolve(count, encoder, limits) for plan, count in zip(plans, counts, strict=True)]
 
 
 def parse_plan(
@@ -155,7 +231,7 @@ def parse_plan(
     """
     if not isinstance(value, Mapping):
         raise PlanError(field, f"must be an object, got {_show(value)}")
-    known = [f.name for f in fields(PruningPlan)]
+    known = list(KNOBS)
     if for_one_image:
         known.remove("total_tokens")
     for key in value:
@@ -185,22 +261,28 @@ def complete(plan: PruningPlan, encoder: Encoder) -> PruningPlan:
             buffer="cross",
             score="global",
             method="hiprune",
+            of_operator=True,
         )
     )
 
 
-def schema(encoder: Encoder) -> dict[str, dict[str, Any]]:
-    """Range of every knob in the words of JSON Schema, for people and clients to read."""
-    return {
-        "tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
+def schema(encoder: Encoder, limits: Limits = NO_LIMITS) -> dict[str, dict[str, Any]]:
+    """Range of every knob that a request may give, in the words of JSON Schema."""
+    ranges: dict[str, dict[str, Any]] = {
+        "tokens": {
+            "type": "integer",
+            "minimum": limits.min_tokens,
+            "maximum": limits.max_tokens,
+        },
         "ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "total_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
         "alpha": {"type": "number", "minimum": 0, "maximum": 1},
         "object_layer": {"type": "integer", "minimum": 1, "maximum": encoder.output_layer - 1},
         "buffer": {"enum": list(BUFFERS)},
         "score": {"enum": list(SCORES) if encoder.has_cls else ["global"]},
-        "method": {"enum": list(METHODS)},
+        "method": {"enum": list(limits.methods)},
     }
+    return {knob: allowed for knob, allowed in ranges.items() if knob not in limits.fixed}
 
 
 def with_seed(budget: ImageBudget, seed: int) -> ImageBudget:
@@ -271,3 +353,5 @@ _READERS: Final[Mapping[str, Callable[[object, str, Encoder], Any]]] = {
     "score": _score,
     "method": lambda value, field, _: _name(value, field, METHODS),
 }
+KNOBS: Final = tuple(_READERS)
+"""Every field of a `hiprune` object."""

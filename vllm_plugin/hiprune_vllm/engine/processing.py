@@ -26,7 +26,10 @@ from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
     FIELD,
     FULL,
+    LIMITS,
+    NO_LIMITS,
     Encoder,
+    Limits,
     PlanError,
     PruningPlan,
     TokenCount,
@@ -49,20 +52,24 @@ class PruningInfo:
         encoder: what the checkpoint's encoder allows; None where it cannot be pruned.
         unsupported: why it cannot, empty otherwise.
         default: engine-wide plan (`--mm-processor-kwargs '{"hiprune": {...}}'`).
+        limits: the operator's (`--mm-processor-kwargs '{"hiprune_limits": {...}}'`).
     """
 
     family: FamilyAdapter
     encoder: Encoder | None
     unsupported: str
     default: PruningPlan
+    limits: Limits = NO_LIMITS
 
     def parse(
         self, value: object, *, name: str = FIELD, for_one_image: bool = False
     ) -> PruningPlan:
-        """Reads a `hiprune` object for this model. Raises `PlanError`."""
+        """A request's `hiprune` object for this model. Raises `PlanError`."""
         if self.encoder is None:
             raise PlanError(name, f"cannot be served: {self.unsupported}")
-        return parse_plan(value, self.encoder, field=name, for_one_image=for_one_image)
+        plan = parse_plan(value, self.encoder, field=name, for_one_image=for_one_image)
+        self.limits.check(plan, name)
+        return plan
 
 
 def split_context(
@@ -79,21 +86,23 @@ def split_context(
     model_config = copy.copy(ctx.model_config)
     multimodal = copy.copy(model_config.get_multimodal_config())
     kwargs = dict(multimodal.mm_processor_kwargs or {})
-    wish = kwargs.pop(FIELD, None)
+    wish, limits = kwargs.pop(FIELD, None), kwargs.pop(LIMITS, None)
     multimodal.mm_processor_kwargs = kwargs or None
     model_config.multimodal_config = multimodal
     try:
         encoder, unsupported = family.encoder(ctx.model_config.hf_config), ""
     except UnsupportedCheckpoint as error:
         encoder, unsupported = None, str(error)
-    info = PruningInfo(family, encoder, unsupported, PruningPlan())
-    if wish is not None:
-        try:
+    info = PruningInfo(family, encoder, unsupported, PruningPlan(of_operator=True))
+    try:
+        if wish is not None:
             default = info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
-        except PlanError as error:
-            # vLLM takes a ValueError here for "has no images" and starts without them.
-            raise RuntimeError(str(error)) from error
-        info = replace(info, default=default)
+            info = replace(info, default=replace(default, of_operator=True))
+        if limits is not None:
+            info = replace(info, limits=Limits(**limits))
+    except (PlanError, TypeError) as error:
+        # vLLM takes a ValueError here for "has no images" and starts without them.
+        raise RuntimeError(str(error)) from error
     return InputProcessingContext(model_config, ctx.tokenizer), info
 
 
@@ -146,14 +155,14 @@ class PrunedProcessor(BaseMultiModalProcessor):
         inputs = super().get_dummy_inputs(*args, **kwargs)
         if self.pruning.encoder is None:
             return inputs
-        return replace(inputs, hf_processor_mm_kwargs={FIELD: FULL.to_dict()})
+        return replace(inputs, hf_processor_mm_kwargs={FIELD: FULL})
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `apply`; the result also has `hiprune`: a dict an image, full and kept tokens."""
         images = inputs.mm_data_items.get("image", [])
         plans = self._plans(inputs.hf_processor_mm_kwargs, len(images))
         if isinstance(images, EmbeddingItems | DictEmbeddingItems):
-            if any(plan.has_budget and plan != FULL for plan in plans):
+            if not all(plan.keeps_all for plan in plans):
                 raise VLLMValidationError(
                     f"{FIELD} cannot prune image embeddings, which have left the vision encoder "
                     "already; send the image itself",
@@ -170,7 +179,10 @@ class PrunedProcessor(BaseMultiModalProcessor):
             self._count(images, i, identity, options) for i, identity in enumerate(hashes["image"])
         ]
         try:
-            budgets = resolve_all(plans, counts, encoder)
+            # The very object that `get_dummy_inputs` hands over: no request can bring it.
+            measured = inputs.hf_processor_mm_kwargs.get(FIELD) is FULL
+            limits = NO_LIMITS if measured else self.pruning.limits
+            budgets = resolve_all(plans, counts, encoder, limits)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
         result: Any = super().apply(self._resolved(plain, hashes, budgets), *args, **kwargs)
@@ -193,15 +205,18 @@ class PrunedProcessor(BaseMultiModalProcessor):
             return [default] * images
         try:
             if not isinstance(wish, list):
-                return [self.pruning.parse(wish).over(default)] * images
+                return [self._plan(wish).over(default)] * images
             if len(wish) != images:
                 raise PlanError(FIELD, f"must have one object an image ({images}), got {len(wish)}")
             return [
-                self.pruning.parse(plan, name=f"{FIELD}[{i}]").over(default)
-                for i, plan in enumerate(wish)
+                self._plan(plan, name=f"{FIELD}[{i}]").over(default) for i, plan in enumerate(wish)
             ]
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
+
+    def _plan(self, wish: object, *, name: str = FIELD) -> PruningPlan:
+        """A plan, checked, as the server's own routes hand it over, or an object to read."""
+        return wish if isinstance(wish, PruningPlan) else self.pruning.parse(wish, name=name)
 
     def _count(
         self, images: Any, index: int, identity: str, options: Mapping[str, object]

@@ -1,0 +1,120 @@
+"""The operator's presets and limits over HTTP, read from a file."""
+
+import httpx
+import pytest
+from openai import BadRequestError
+
+from tests.e2e.serving import running, serve
+from tests.photos import data_url, photo
+
+SETTINGS = """
+presets: {low: {tokens: 50}}
+limits: {min_tokens: 16, max_tokens: 400, methods: [hiprune, attention], fixed: [object_layer]}
+"""
+QUESTION = {"type": "text", "text": "What is this?"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, clip_checkpoint):
+    folder = tmp_path_factory.mktemp("limits")
+    (folder / "settings.yaml").write_text(SETTINGS)
+    command = serve(clip_checkpoint, "--hiprune-config", str(folder / "settings.yaml"))
+    with running(command, folder) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return data_url(photo("coffee").resize((336, 336)))
+
+
+def ask(server, picture, *, detail=None, own=None, plan=None):
+    part = {"type": "image_url", "image_url": {"url": picture}}
+    if detail is not None:
+        part["image_url"]["detail"] = detail
+    if own is not None:
+        part["hiprune"] = own
+    return server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": [QUESTION, part]}],
+        temperature=0,
+        max_tokens=8,
+        extra_body={} if plan is None else {"hiprune": plan},
+    )
+
+
+@pytest.mark.parametrize(
+    ("wish", "kept", "source"),
+    [
+        ({}, 400, "default"),  # all 576, held within the limits
+        ({"detail": "auto"}, 400, "default"),
+        ({"detail": "low"}, 50, "detail"),
+        ({"detail": "high"}, 400, "detail"),
+        ({"detail": "low", "plan": {"tokens": 100}}, 50, "detail"),
+        ({"detail": "auto", "plan": {"tokens": 100}}, 100, "request"),
+        ({"detail": "low", "own": {"tokens": 70}}, 70, "image"),
+        ({"detail": "low", "own": {"alpha": 0.3}}, 50, "detail"),
+    ],
+)
+def test_who_decides_how_much_stays(server, picture, wish, kept, source):
+    answer = ask(server, picture, **wish)
+    (image,) = answer.model_extra["hiprune"]["images"]
+    assert (image["tokens_kept"], image["source"]) == (kept, source)
+    assert (
+        answer.usage.prompt_tokens - kept
+        == ask(server, picture, own={"tokens": 16}).usage.prompt_tokens - 16
+    )
+
+
+def test_a_preset_answers_as_the_same_plan_does(server, picture):
+    by_detail = ask(server, picture, detail="low").choices[0].message.content
+    assert by_detail == ask(server, picture, plan={"tokens": 50}).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("wish", "field", "limit"),
+    [
+        ({"plan": {"tokens": 15}}, "hiprune.tokens", "limits.min_tokens"),
+        ({"plan": {"tokens": 401}}, "hiprune.tokens", "limits.max_tokens"),
+        ({"plan": {"ratio": 1.0}}, "hiprune.ratio", "limits.max_tokens"),
+        ({"plan": {"total_tokens": 3}}, "hiprune.total_tokens", "limits.min_tokens"),
+        ({"plan": {"method": "random"}}, "hiprune.method", "limits.methods"),
+        ({"plan": {"object_layer": 2}}, "hiprune.object_layer", "limits.fixed"),
+        ({"own": {"ratio": 0.01}}, "hiprune.ratio", "limits.min_tokens"),
+        ({"own": {"tokens": 1}}, "messages[0].content[1].hiprune.tokens", "limits.min_tokens"),
+        ({"detail": "medium"}, "detail", "low"),
+    ],
+)
+def test_a_wish_outside_the_limits_is_a_400_that_names_the_limit(
+    server, picture, wish, field, limit
+):
+    with pytest.raises(BadRequestError) as refused:
+        ask(server, picture, **wish)
+    assert field in refused.value.body["message"]
+    assert limit in refused.value.body["message"]
+    assert ask(server, picture).choices  # nobody is harmed
+
+
+def test_get_hiprune_shows_presets_and_limits(server):
+    told = httpx.get(f"{server.url}/v1/hiprune").json()
+    assert told["presets"] == {"low": {"tokens": 50}, "high": {"ratio": 1.0}}
+    assert told["limits"]["tokens"] == {"type": "integer", "minimum": 16, "maximum": 400}
+    assert told["limits"]["method"] == {"enum": ["hiprune", "attention"]}
+    assert "object_layer" not in told["limits"]
+
+
+ROUTES = {
+    "/v1/completions": {"prompt": "Hello", "max_tokens": 2},
+    "/v1/responses": {"input": "Hello", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_other_routes_refuse_a_budget_and_are_vllms_without(server, route):
+    body = {"model": server.model, **ROUTES[route]}
+    assert server.post(route, body).status_code == 200
+    refused = server.post(route, {**body, "hiprune": {"tokens": 64}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "hiprune"
+    assert route in refused.json()["error"]["message"]

@@ -1,0 +1,83 @@
+"""Routes that read no budget refuse one, and get everything else as it came."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from hiprune_server.refusal import RefuseBudgets, find
+
+
+async def echo(request):
+    return PlainTextResponse(await request.body())
+
+
+APP = Starlette(
+    routes=[Route("/{path:path}", echo, methods=["POST"])], middleware=[Middleware(RefuseBudgets)]
+)
+
+
+def post(path, body, kind="application/json"):
+    async def send():
+        transport = httpx.ASGITransport(APP)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post(path, content=body, headers={"content-type": kind})
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "x", "hiprune": {"tokens": 1}}, "hiprune"),
+        ({"hiprune": None}, "hiprune"),
+        ({"messages": [{"role": "user"}, {"content": [{"hiprune": {}}]}]},
+         "messages[1].content[0].hiprune"),
+        ({"input": [{"content": [{}, {"type": "input_image", "hiprune": {}}]}]},
+         "input[0].content[1].hiprune"),
+        ({"input": [{"type": "input_image", "hiprune": {}}]}, "input[0].hiprune"),
+    ],
+)  # fmt: skip
+def test_a_budget_is_refused_with_its_place(body, field):
+    for route in ("/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"):
+        answer = post(route, json.dumps(body))
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == field
+        assert route in error["message"]
+        assert "/v1/chat/completions" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "what is \\"hiprune\\"?"}',
+        '{"messages": [{"role": "user", "content": "\\"hiprune\\""}]}',
+        '{"tools": [{"function": {"parameters": {"hiprune": {}}}}]}',
+        '{"hiprune": ',
+        "[" * 100_000 + '"hiprune"',
+        "",
+        "[]",
+        'null "hiprune"',
+    ],
+)
+def test_everything_else_goes_through_unchanged(body):
+    answer = post("/v1/completions", body)
+    assert answer.status_code == 200
+    assert answer.text == body
+
+
+def test_chat_and_other_kinds_of_bodies_are_not_looked_at():
+    body = '{"hiprune": {}}'
+    assert post("/v1/chat/completions", body).text == body
+    assert post("/v1/audio/transcriptions", body, "multipart/form-data; boundary=x").text == body
+
+
+def test_find_looks_only_where_a_budget_could_stand():
+    assert find(b'{"metadata": {"hiprune": 1}}') is None
+    assert find(b'{"content": [[{"hiprune": 1}]]}') is None
