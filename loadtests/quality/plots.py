@@ -48,7 +48,8 @@ def accuracy_plot(rows: Sequence[dict[str, Any]]) -> str:
             high = [100 * r["high"] - v for v, r in zip(value, mine, strict=True)]
             axes.errorbar(
                 [r["tokens"] for r in mine], value, yerr=[low, high],
-                color=colour, marker=marker, ms=5, lw=1.6, capsize=2, label=label, zorder=10 - depth,
+                color=colour, marker=marker, ms=5, lw=1.6, capsize=2, label=label,
+                zorder=10 - depth,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
