@@ -16,6 +16,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
+from hiprune_server import metrics
 from hiprune_vllm.plan import FIELD, PlanError, PruningPlan
 
 
@@ -169,12 +170,19 @@ class PrunedChat(OpenAIServingChat):
         try:
             wishes = self._take_wishes(request)
         except PlanError as error:
+            metrics.count_rejected(error)
             raise VLLMValidationError(str(error), parameter=error.field) from error
-        result = await super().render_chat_request(request)
+        try:
+            result = await super().render_chat_request(request)
+        except VLLMValidationError as error:
+            if isinstance(error.__cause__, PlanError):  # known only once the pictures are
+                metrics.count_rejected(error.__cause__)
+            raise
         if not isinstance(result, ErrorResponse):
             _, engine_inputs = result
             reports = [image for inputs in engine_inputs for image in inputs.get(FIELD, ())]
             images = [{**report, "source": wishes.source(i)} for i, report in enumerate(reports)]
+            metrics.count_images(images)
             self._images.set(images if images or wishes.asked else None)
         return result
 
@@ -200,20 +208,22 @@ class PrunedChat(OpenAIServingChat):
         return Wishes(True, whole, of_images)
 
     async def chat_completion_full_generator(
-        self, request: ChatCompletionRequest, *args: Any, **kwargs: Any
+        self, request: ChatCompletionRequest, outputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        response = await super().chat_completion_full_generator(request, *args, **kwargs)
         images = self._images.get()
+        outputs = metrics.timed(outputs, images or ())
+        response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
         if isinstance(response, ChatCompletionResponse) and images is not None:
             setattr(response, FIELD, {"images": images})
         return response
 
     def chat_completion_stream_generator(
-        self, request: ChatCompletionRequest, *args: Any, **kwargs: Any
+        self, request: ChatCompletionRequest, outputs: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         # Read here, in the request's own context: the stream may be consumed in another one.
         images = self._images.get()
-        chunks = super().chat_completion_stream_generator(request, *args, **kwargs)
+        outputs = metrics.timed(outputs, images or ())
+        chunks = super().chat_completion_stream_generator(request, outputs, *args, **kwargs)
         return chunks if images is None else _with_images(chunks, images)
 
 

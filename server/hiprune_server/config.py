@@ -119,7 +119,7 @@ def _plan(value: object) -> dict[str, Any]:
         raise ValueError(str(error)) from None  # ".tokens must ..." or " must ..."
 
 
-def _tokens(value: object) -> int:
+def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"must be an integer >= 1, got {value!r}")
     return value
@@ -162,13 +162,15 @@ SETTINGS: Final = (
     Setting("presets.high", "JSON", 'plan of an image with detail "high"', _plan, _json,
             {"ratio": 1.0}),
     Setting("limits.min_tokens", "N", "fewest visual tokens that an image may be asked to keep",
-            _tokens, _number, 1),
+            _count, _number, 1),
     Setting("limits.max_tokens", "N", "most visual tokens that an image may be asked to keep",
-            _tokens, _number, MAX_TOKENS),
+            _count, _number, MAX_TOKENS),
     Setting("limits.methods", "A,B", "methods that requests may choose",
             _some_of(METHODS, at_least=1), _names, list(METHODS)),
     Setting("limits.fixed", "A,B", "knobs that requests may not change",
             _some_of(KNOBS, at_least=0), _names, []),
+    Setting("limits.max_body_bytes", "N", "bytes that a request's body may have",
+            _count, _number, 64 * 2**20),
 )  # fmt: skip
 
 

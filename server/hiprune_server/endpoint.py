@@ -14,7 +14,7 @@ from starlette.datastructures import State
 from hiprune_server.banner import banner
 from hiprune_server.chat import PrunedChat
 from hiprune_server.config import Config, load
-from hiprune_server.refusal import RefuseBudgets
+from hiprune_server.guard import Guard
 from hiprune_vllm import __version__
 from hiprune_vllm.plan import (
     FULL,
@@ -52,7 +52,8 @@ class HiPruneEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
-        app.add_middleware(RefuseBudgets)
+        max_bytes = load({}, os.environ)["limits.max_body_bytes"]
+        app.add_middleware(Guard, max_bytes=max_bytes)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager

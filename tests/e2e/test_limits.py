@@ -3,6 +3,7 @@
 import httpx
 import pytest
 from openai import BadRequestError
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.serving import running, serve
 from tests.photos import data_url, photo
@@ -118,3 +119,49 @@ def test_other_routes_refuse_a_budget_and_are_vllms_without(server, route):
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "hiprune"
     assert route in refused.json()["error"]["message"]
+
+
+def scraped(server):
+    """Sample -> value of our metrics, read with Prometheus' own parser."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("hiprune_")
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_answers_say(server, picture):
+    before = scraped(server)
+    ask(server, picture, detail="low")
+    part = {"type": "image_url", "image_url": {"url": picture}}
+    stream = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": [QUESTION, part]}],
+        max_tokens=3,
+        stream=True,
+        extra_body={"hiprune": {"tokens": 70, "method": "attention"}},
+    )
+    assert list(stream)
+    for wish in ({"tokens": 1}, {"ratio": 1.0}, {"unheard": 1}):
+        with pytest.raises(BadRequestError):
+            ask(server, picture, plan=wish)
+    server.post("/v1/completions", {"model": server.model, "prompt": "x", "hiprune": {}})
+    after = scraped(server)
+
+    def more(name, **labels):
+        key = (name, *sorted(labels.items()))
+        return after[key] - before.get(key, 0.0)
+
+    assert more("hiprune_images_total", method="hiprune", source="detail") == 1
+    assert more("hiprune_images_total", method="attention", source="request") == 1
+    assert more("hiprune_visual_tokens_full_total") == 2 * 576
+    assert more("hiprune_visual_tokens_kept_total") == 50 + 70
+    assert more("hiprune_kept_ratio_count") == 2
+    assert more("hiprune_kept_ratio_sum") == pytest.approx(120 / 576)
+    for label in ("1-64", "65-128"):
+        assert more("hiprune_time_to_first_token_seconds_count", kept_tokens=label) == 1
+        assert 0 < more("hiprune_time_to_first_token_seconds_sum", kept_tokens=label) < 60
+    for reason in ("tokens", "ratio", "unknown_field", "route"):
+        assert more("hiprune_rejected_requests_total", reason=reason) == 1

@@ -1,4 +1,4 @@
-"""Routes that read no budget refuse one, and get everything else as it came."""
+"""Bodies that are too large and budgets that nobody reads are refused; all else passes."""
 
 import asyncio
 import json
@@ -10,7 +10,9 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from hiprune_server.refusal import RefuseBudgets, find
+from hiprune_server.guard import Guard, find
+
+LIMIT = 200_000
 
 
 async def echo(request):
@@ -18,7 +20,8 @@ async def echo(request):
 
 
 APP = Starlette(
-    routes=[Route("/{path:path}", echo, methods=["POST"])], middleware=[Middleware(RefuseBudgets)]
+    routes=[Route("/{path:path}", echo, methods=["POST"])],
+    middleware=[Middleware(Guard, max_bytes=LIMIT)],
 )
 
 
@@ -81,3 +84,23 @@ def test_chat_and_other_kinds_of_bodies_are_not_looked_at():
 def test_find_looks_only_where_a_budget_could_stand():
     assert find(b'{"metadata": {"hiprune": 1}}') is None
     assert find(b'{"content": [[{"hiprune": 1}]]}') is None
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/any"])
+def test_a_body_above_the_limit_is_refused(route):
+    assert post(route, b" " * LIMIT, "text/plain").text == " " * LIMIT
+    answer = post(route, b" " * (LIMIT + 1), "text/plain")
+    assert answer.status_code == 413
+    assert "limits.max_body_bytes" in answer.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_read_no_further_than_the_limit():
+    sent = []
+
+    async def endless():
+        while True:
+            sent.append(1)
+            yield b" " * 10_000
+
+    assert post("/v1/completions", endless()).status_code == 413
+    assert len(sent) <= LIMIT // 10_000 + 2

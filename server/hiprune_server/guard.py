@@ -1,0 +1,115 @@
+"""What stands before every route: bodies that are too large, and budgets that nobody would read."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hiprune_server.metrics import BODY, REJECTED, ROUTE
+from hiprune_vllm.plan import FIELD
+
+CARRIES = "/v1/chat/completions"
+_MARK = f'"{FIELD}"'.encode()
+
+
+class Guard:
+    """ASGI middleware that reads a request's body before its route does.
+
+    A body above the limit is HTTP 413, and is not read to its end. A `hiprune` field where nothing
+    will read it is HTTP 400: nothing that a client asks for is ignored. The body is parsed for that
+    only where the word is in it.
+
+    Args:
+        max_bytes: of a body.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        more = _length(scope) <= self._max_bytes
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":  # the client has gone
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False) and len(body) <= self._max_bytes
+        size = max(_length(scope), len(body))
+        if size > self._max_bytes:
+            REJECTED.labels(BODY).inc()
+            told = f"the body must have at most {self._max_bytes} bytes (limits.max_body_bytes), "
+            await _refuse(413, told + f"got {size} or more", None, send)
+            return
+        route = scope["path"].removeprefix(scope.get("root_path", ""))
+        field = find(bytes(body)) if route != CARRIES and _is_json(scope) else None
+        if field is not None:
+            REJECTED.labels(ROUTE).inc()
+            told = f"{field} cannot be served on {route}: send it to {CARRIES}, or leave it out "
+            await _refuse(400, told + "and the server's default applies", field, send)
+            return
+        unread = True
+
+        async def again() -> Message:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return await receive()
+
+        await self._app(scope, again, send)
+
+
+def find(body: bytes) -> str | None:
+    """Where in a request a budget stands; None where there is none or it is no JSON."""
+    if _MARK not in body:
+        return None
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # the route says what is wrong
+    return next(_places(found, ""), None)
+
+
+def _places(value: Any, path: str) -> Iterator[str]:
+    """Paths of `hiprune` keys at the top, in messages and in their parts."""
+    if not isinstance(value, dict):
+        return
+    if FIELD in value:
+        yield f"{path}{FIELD}"
+    for key in ("messages", "input", "content"):
+        items = value.get(key)
+        for i, item in enumerate(items if isinstance(items, list) else ()):
+            yield from _places(item, f"{path}{key}[{i}].")
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    values: list[bytes] = [value for one, value in scope["headers"] if one == name]
+    return values[-1] if values else b""
+
+
+def _is_json(scope: Scope) -> bool:
+    return b"json" in _header(scope, b"content-type").lower()
+
+
+def _length(scope: Scope) -> int:
+    """What the request says of its body's size, 0 where it says nothing."""
+    text = _header(scope, b"content-length")
+    return int(text) if text.isdigit() else 0
+
+
+async def _refuse(status: int, message: str, field: str | None, send: Send) -> None:
+    error = {"message": message, "type": "BadRequestError", "param": field, "code": status}
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),  # what is left of the body is not read
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

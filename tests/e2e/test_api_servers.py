@@ -1,0 +1,68 @@
+"""Two API server processes behind one port, with an API key."""
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.serving import running, serve
+from tests.photos import data_url, photo
+
+KEY = {"Authorization": "Bearer secret"}
+REQUESTS = 12
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, clip_checkpoint):
+    command = serve(
+        clip_checkpoint,
+        *("--api-server-count", "2", "--api-key", "secret"),
+        *("--hiprune-preset", 'low={"tokens": 40}', "--hiprune-max-body-bytes", "500000"),
+    )
+    with running(command, tmp_path_factory.mktemp("two")) as one:
+        yield one
+
+
+def chat(server, **headers):
+    """One request on a connection of its own, so that either process may get it."""
+    image = {"url": data_url(photo("coffee").resize((336, 336))), "detail": "low"}
+    text = {"type": "text", "text": "What is this?"}
+    content = [text, {"type": "image_url", "image_url": image}]
+    body = {
+        "model": server.model,
+        "max_tokens": 2,
+        "messages": [{"role": "user", "content": content}],
+    }
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+
+def test_metrics_of_all_processes_add_up(server):
+    for _ in range(REQUESTS):
+        images = chat(server, **KEY).json()["hiprune"]["images"]
+        assert [(one["tokens_kept"], one["source"]) for one in images] == [(40, "detail")]
+    text = httpx.get(f"{server.url}/metrics").text
+    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+
+    def total(name):
+        return sum(one.value for one in samples if one.name == name)
+
+    assert total("hiprune_images_total") == REQUESTS
+    assert total("hiprune_visual_tokens_kept_total") == 40 * REQUESTS
+    assert total("hiprune_kept_ratio_count") == REQUESTS
+    assert total("hiprune_time_to_first_token_seconds_count") == REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("method", "route"),
+    [("GET", "/v1/hiprune"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions")],
+)
+def test_the_key_covers_every_route_of_ours(server, method, route):
+    answer = httpx.request(method, server.url + route, json={"hiprune": {"tokens": 0}})
+    assert answer.status_code == 401
+    assert "hiprune" not in answer.text
+
+
+def test_a_large_body_is_refused(server):
+    answer = httpx.post(f"{server.url}/v1/completions", content=b" " * 500_001, headers=KEY)
+    assert answer.status_code == 413
+    assert "limits.max_body_bytes" in answer.json()["error"]["message"]
+    assert chat(server, **KEY).status_code == 200
