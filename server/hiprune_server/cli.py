@@ -23,6 +23,8 @@ _DEMO_FLAGS = {
     "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 
+DRAIN_S = 30
+"""Seconds that requests have to finish once the server is told to stop; vLLM's own default is 0."""
 KEYS = tuple(setting.key for setting in SETTINGS)
 
 
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags = [flag + v for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
         rest = [str(demo.CHECKPOINT), *flags, *rest]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; hundreds of demo requests
+    if not _has_flag(rest, "--shutdown-timeout"):
+        rest = [*rest, f"--shutdown-timeout={DRAIN_S}"]
     serve(rest, config)
 
 
@@ -129,6 +133,8 @@ def serve(flags: Sequence[str], config: Config) -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from hiprune_server.endpoint import HiPruneEndpointPlugin
+
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hiprune-serve"))
     args = parser.parse_args(list(flags))
@@ -144,3 +150,7 @@ def serve(flags: Sequence[str], config: Config) -> None:
     command = ServeSubcommand()
     command.validate(args)
     command.cmd(args)
+    # vLLM stops in good order where its engine has died, with status 0, and then a supervisor that
+    # restarts what has failed would not.
+    if HiPruneEndpointPlugin.engine_died:
+        sys.exit("the engine has died")

@@ -1,7 +1,9 @@
 """vLLM endpoint plugin: puts the pruned chat handler in place and adds `GET /v1/hiprune`."""
 
 import argparse
+import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,6 +29,9 @@ from hiprune_vllm.plan import (
     schema,
 )
 
+LAST_CHUNKS_S = 3
+"""Seconds that finished streams have to reach their clients once the engine has stopped."""
+
 
 class NoPruning:
     """Stands in on an engine whose model the plugin does not serve."""
@@ -49,6 +54,8 @@ class HiPruneEndpointPlugin:
 
     name = "hiprune_api"
     required_tasks = ("generate",)
+    engine_died = False
+    """Whether the last server of this process stopped because its engine was gone."""
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
@@ -60,7 +67,10 @@ class HiPruneEndpointPlugin:
         async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
             async with vllm_lifespan(app) as state:
                 print(banner(app.state.args, _model_name(app.state)), flush=True)
+                stopped = _stop_in_good_order(app)
                 yield state
+                died = app.state.engine_client.errored and not stopped.is_set()
+                HiPruneEndpointPlugin.engine_died = died
 
         app.router.lifespan_context = lifespan
 
@@ -91,6 +101,31 @@ def presets(config: Config, encoder: Encoder | None) -> dict[str, PruningPlan]:
             raise RuntimeError(str(error)) from error
         found[detail] = replace(plan, of_operator=True)
     return found
+
+
+def _stop_in_good_order(app: FastAPI) -> threading.Event:
+    """Lets the HTTP server go where streams are left that the stopped engine will never finish.
+
+    uvicorn waits for them without end.
+
+    Returns:
+        An event that is set once the engine is asked to stop, rather than dead.
+    """
+    engine, loop, asked = app.state.engine_client, asyncio.get_running_loop(), threading.Event()
+    stop = engine.shutdown
+
+    def shutdown(*args: Any, **kwargs: Any) -> None:  # called in a thread; returns when drained
+        asked.set()
+        try:
+            stop(*args, **kwargs)
+        finally:
+            server = app.state.server
+            loop.call_soon_threadsafe(
+                loop.call_later, LAST_CHUNKS_S, setattr, server, "force_exit", True
+            )
+
+    engine.shutdown = shutdown
+    return asked
 
 
 def _model_name(state: State) -> str:

@@ -61,7 +61,7 @@ def test_the_demo_has_flags_of_its_own_that_can_be_overridden(monkeypatch, tmp_p
     assert flags[0] == str(tmp_path)
     assert "--served-model-name=hiprune-demo" in flags
     assert not any(flag.startswith("--host=") for flag in flags)
-    assert flags[-4:] == ["--port", "9", "--host", "::"]
+    assert flags[-5:] == ["--port", "9", "--host", "::", "--shutdown-timeout=30"]
     assert config["default"] == {}
 
 
