@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _START_TIMEOUT_S = 300
 @contextmanager
 def demo_server(folder: Path) -> Iterator[str]:
     """URL of a demo server of our own, until the block ends."""
-    with _running(["--demo"], folder / "server.log") as url:
+    with _serving(["--demo"], folder / "server.log") as url:
         yield url
 
 
@@ -34,7 +34,7 @@ def downscaled_server(side: int, folder: Path) -> Iterator[str]:
     downscale(side, checkpoint)
     flags = ["--served-model-name", "hiprune-demo", "--max-model-len", "4096"]
     flags += ["--enforce-eager", "--dtype", "float32"]
-    with _running([str(checkpoint), *flags], folder / f"server-{side}.log") as url:
+    with _serving([str(checkpoint), *flags], folder / f"server-{side}.log") as url:
         yield url
 
 
@@ -101,18 +101,34 @@ def about(url: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[str]:
+def _serving(arguments: Sequence[str], log: Path) -> Iterator[str]:
+    program = Path(sys.executable).parent / "hiprune-serve"
+    command = [str(program), *arguments, "--disable-uvicorn-access-log"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+    with running(command, log, environment) as url:
+        yield url
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """URL of a server until the block ends.
+
+    Args:
+        command: gets `--host` and `--port` added.
+        log: what it prints; its folder is made where it is not there.
+        environment: all of its variables.
+
+    Raises:
+        RuntimeError: it exited or did not answer in time; the end of its log is in the message.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    program = Path(sys.executable).parent / "hiprune-serve"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | os.environ
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(program), *command, "--host", "127.0.0.1", "--port", str(port),
-             "--disable-uvicorn-access-log"],
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
         try:
@@ -136,4 +152,5 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.5)
-    raise RuntimeError(f"the server did not start; see {log}")
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+    raise RuntimeError(f"server did not start (exit code {process.poll()}):\n{tail}\nsee {log}")

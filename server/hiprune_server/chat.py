@@ -211,7 +211,8 @@ class PrunedChat(OpenAIServingChat):
         self, request: ChatCompletionRequest, outputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         images = self._images.get()
-        outputs = metrics.timed(outputs, images or ())
+        if images:
+            outputs = metrics.timed(outputs, images)
         response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
         if isinstance(response, ChatCompletionResponse) and images is not None:
             setattr(response, FIELD, {"images": images})
@@ -222,7 +223,8 @@ class PrunedChat(OpenAIServingChat):
     ) -> AsyncGenerator[str, None]:
         # Read here, in the request's own context: the stream may be consumed in another one.
         images = self._images.get()
-        outputs = metrics.timed(outputs, images or ())
+        if images:
+            outputs = metrics.timed(outputs, images)
         chunks = super().chat_completion_stream_generator(request, outputs, *args, **kwargs)
         return chunks if images is None else _with_images(chunks, images)
 

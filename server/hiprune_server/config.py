@@ -16,7 +16,7 @@ PREFIX: Final = "HIPRUNE_"
 """Every environment variable that begins with this is a setting."""
 FILE: Final = "config"
 BUILT_IN: Final = "built in"
-KNOBS: Final = ("alpha", "object_layer", "buffer", "score")
+FIXABLE: Final = ("alpha", "object_layer", "buffer", "score")
 """What `limits.fixed` can take out of a request's hands."""
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
 """Allows whatever some model allows: the model's own limits are checked once it is known."""
@@ -168,7 +168,7 @@ SETTINGS: Final = (
     Setting("limits.methods", "A,B", "methods that requests may choose",
             _some_of(METHODS, at_least=1), _names, list(METHODS)),
     Setting("limits.fixed", "A,B", "knobs that requests may not change",
-            _some_of(KNOBS, at_least=0), _names, []),
+            _some_of(FIXABLE, at_least=0), _names, []),
     Setting("limits.max_body_bytes", "N", "bytes that a request's body may have",
             _count, _number, 64 * 2**20),
 )  # fmt: skip

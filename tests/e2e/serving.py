@@ -1,10 +1,7 @@
 """Starts real servers as their users do: the installed commands, on a free port."""
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +11,10 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
+from loadtests.quality import servers
 from tests.e2e.offline import ENVIRONMENT
 from tests.photos import data_url
 
-START_TIMEOUT_S = 240
 BIN = Path(sys.executable).parent
 
 
@@ -57,13 +54,6 @@ def content(images: Sequence[Any], text: str = "What is this?") -> list[Any]:
     return [{"type": "text", "text": text}, *parts]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def running(
     command: Sequence[str],
@@ -77,38 +67,8 @@ def running(
     Raises:
         RuntimeError: it exited or did not answer in time; the end of its log is in the message.
     """
-    port = free_port()
-    log = folder / f"server-{port}.log"
-    server = Server(f"http://127.0.0.1:{port}", model, log)
+    log = folder / f"server-{len(list(folder.glob('server-*.log')))}.log"
     variables = os.environ | ENVIRONMENT | {"XDG_CACHE_HOME": str(folder)} | (environment or {})
     variables.pop("VLLM_LOGGING_LEVEL")
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=variables,
-        )
-        try:
-            _wait_until_healthy(server, process)
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-40:])
-    raise RuntimeError(f"server did not start (exit code {process.poll()}):\n{tail}")
+    with servers.running(command, log, variables) as url:
+        yield Server(url, model, log)

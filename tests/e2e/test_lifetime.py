@@ -21,9 +21,9 @@ def start(tmp_path):
     return lambda *flags: running([*command, *flags], tmp_path, model="hiprune-demo")
 
 
-def stream(server, seen, *, tokens=LONG):
-    """Reads a long answer's chunks into `seen` until it ends or the connection breaks."""
-    body = {
+def request(server, tokens=LONG):
+    """A stream that takes a while."""
+    return {
         "model": server.model,
         "messages": [{"role": "user", "content": content([photo("coffee").resize((336, 336))])}],
         "max_tokens": tokens,
@@ -31,14 +31,25 @@ def stream(server, seen, *, tokens=LONG):
         "stream": True,
         "hiprune": {"tokens": 64},
     }
-    try:
-        with httpx.stream(
-            "POST", f"{server.url}/v1/chat/completions", json=body, timeout=60
-        ) as got:
-            for line in got.iter_lines():
-                seen.append(line)
-    except httpx.TransportError as error:
-        seen.append(error)
+
+
+def reading(server, **options):
+    """A thread that reads a stream, under way already, and the list that it puts the lines into."""
+    seen = []
+
+    def read():
+        url, body = f"{server.url}/v1/chat/completions", request(server, **options)
+        try:
+            with httpx.stream("POST", url, json=body, timeout=60) as got:
+                for line in got.iter_lines():
+                    seen.append(line)  # noqa: PERF402 - read by others while it grows
+        except httpx.TransportError as error:
+            seen.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    until(lambda: len(seen) > 3, 30)
+    return reader, seen
 
 
 def under_way(server):
@@ -58,38 +69,38 @@ def until(condition, seconds):
         time.sleep(0.1)
 
 
+def command_of(process):
+    """Its command line; empty for a process that has ended (a zombie of anybody's)."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def engines(server):
-    """Processes of the server's tree that run an engine core."""
+    """The server's process, and those below it that run an engine core."""
     port = server.url.rsplit(":", 1)[1]
-    (root,) = [
+    root = next(
         process
         for process in psutil.process_iter()
-        if port in process.cmdline() and "hiprune-serve" in " ".join(process.cmdline())
-    ][:1]
+        if port in command_of(process) and "hiprune-serve" in " ".join(command_of(process))
+    )
     children = root.children(recursive=True)
-    return root, [one for one in children if "EngineCore" in one.name() + " ".join(one.cmdline())]
+    return root, [one for one in children if "EngineCore" in " ".join(command_of(one))]
 
 
 def test_cancelled_streams_free_their_requests(start):
     with start() as server:
         for _ in range(3):
             with httpx.Client(timeout=60) as client:
-                body = {
-                    "model": server.model,
-                    "messages": [{"role": "user", "content": "Hello"}],
-                    "max_tokens": LONG, "ignore_eos": True, "stream": True,
-                }  # fmt: skip
                 url = f"{server.url}/v1/chat/completions"
-                with client.stream("POST", url, json=body) as got:
+                with client.stream("POST", url, json=request(server)) as got:
                     assert got.status_code == 200
                     lines = got.iter_lines()  # dropping it would close the stream at once
                     next(lines)
                     until(lambda: under_way(server) == 1, 10)
             until(lambda: under_way(server) == 0, 10)
-        seen = []
-        reader = threading.Thread(target=stream, args=(server, seen))
-        reader.start()
-        until(lambda: len(seen) > 3, 30)
+        reader, seen = reading(server)
         root, _ = engines(server)
         root.send_signal(signal.SIGTERM)
         assert root.wait(60) == 0
@@ -99,10 +110,7 @@ def test_cancelled_streams_free_their_requests(start):
 
 def test_a_stream_that_outlasts_the_drain_does_not_keep_the_server(start):
     with start("--shutdown-timeout", "1") as server:
-        seen = []
-        reader = threading.Thread(target=stream, args=(server, seen), kwargs={"tokens": 4000})
-        reader.start()
-        until(lambda: len(seen) > 3, 30)
+        reader, _ = reading(server, tokens=4000)
         root, _ = engines(server)
         root.send_signal(signal.SIGTERM)
         assert root.wait(30) == 0
@@ -114,10 +122,7 @@ def test_a_killed_engine_takes_the_server_down_so_that_it_is_restarted(start):
     with start() as server:
         root, cores = engines(server)
         assert cores
-        seen = []
-        reader = threading.Thread(target=stream, args=(server, seen))
-        reader.start()
-        until(lambda: len(seen) > 3, 30)
+        reader, _ = reading(server)
         for core in cores:
             core.kill()
 
