@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick lmms-env demo-model contract lint \
+.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick lmms-env soak fuzz demo-model contract lint \
 	lock wheel clean
 
 help: ## this list
@@ -49,6 +49,12 @@ eval: venv ## measure accuracy against budget through the server (build/eval/rep
 
 eval-quick: venv ## the same in two minutes, with thresholds: exit code 1 where pruning is wrong
 	$(BIN)/python -m loadtests.quality --quick $(ARGS)
+
+fuzz: venv ## thousands of odd requests beside well-behaved clients (minutes)
+	$(BIN)/python -m pytest -m fuzz tests/e2e/test_fuzz.py $(ARGS)
+
+soak: venv ## 10 minutes of load at concurrency 16: memory has to stay flat (build/soak/soak.json)
+	$(BIN)/python -m loadtests.soak $(ARGS)
 
 # PyTorch and all: the same releases as the engine's where both need one, so that little is fetched.
 lmms-env: venv ## set up lmms-eval's own environment (LMMS_VENV; see loadtests/quality/README.md)

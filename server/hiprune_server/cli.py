@@ -3,13 +3,14 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
 from hiprune_server import demo
-from hiprune_server.config import FILE, SETTINGS, Config, ConfigError, load
+from hiprune_server.config import BUILT_IN, FILE, PIXELS, SETTINGS, Config, ConfigError, load
 from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
 
 ENDPOINT_PLUGIN = "hiprune_api"
@@ -27,6 +28,12 @@ DRAIN_S = 30
 """Seconds that requests have to finish once the server is told to stop; vLLM's own default is 0."""
 KEYS = tuple(setting.key for setting in SETTINGS)
 
+SAFE_MEDIA = {"VLLM_MEDIA_CONNECTOR": "hiprune", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+"""vLLM's own variables, unless they are set: see `hiprune_server.media`."""
+MAX_PIXELS = "VLLM_MAX_IMAGE_PIXELS"
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+WORKER_EXTENSION = "hiprune_vllm.engine.explain.ExplainExtension"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, prepares the environment and runs the server until it is stopped."""
@@ -35,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(config.text())
         return
     config.export(os.environ)
+    os.environ.update(SAFE_MEDIA | os.environ)
+    if config.values[PIXELS].source != BUILT_IN or MAX_PIXELS not in os.environ:
+        os.environ[MAX_PIXELS] = str(config[PIXELS])
     allow_plugins()
     if own.demo:
         flags = [flag + v for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
@@ -42,7 +52,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; hundreds of demo requests
     if not _has_flag(rest, "--shutdown-timeout"):
         rest = [*rest, f"--shutdown-timeout={DRAIN_S}"]
-    serve(rest, config)
+    # The workers' metrics reach vLLM's /metrics through files; with several API server processes
+    # vLLM provides for that itself.
+    several = any(_has_flag(rest, flag) for flag in ("--api-server-count", "--data-parallel-size"))
+    if several or METRICS_DIR in os.environ:
+        serve(rest, config)
+        return
+    with tempfile.TemporaryDirectory(prefix="hiprune-metrics-") as folder:
+        os.environ[METRICS_DIR] = folder  # before anything loads the metrics library
+        try:
+            serve(rest, config)
+        finally:
+            del os.environ[METRICS_DIR]  # the folder goes, and with it the name
 
 
 def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Config]:
@@ -146,6 +167,13 @@ def serve(flags: Sequence[str], config: Config) -> None:
         parser.error(f"{key} in --mm-processor-kwargs and as a setting of this server: give one")
     if engine_wide:
         args.mm_processor_kwargs = kwargs | engine_wide
+    if config["explain"]:
+        if args.worker_extension_cls not in ("", WORKER_EXTENSION):
+            parser.error(
+                f"--worker-extension-cls {args.worker_extension_cls} takes the place of what "
+                "/v1/hiprune/explain asks: switch that off (--hiprune-explain false)"
+            )
+        args.worker_extension_cls = WORKER_EXTENSION
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)

@@ -16,6 +16,7 @@ PREFIX: Final = "HIPRUNE_"
 """Every environment variable that begins with this is a setting."""
 FILE: Final = "config"
 BUILT_IN: Final = "built in"
+PIXELS: Final = "limits.max_image_pixels"
 FIXABLE: Final = ("alpha", "object_layer", "buffer", "score")
 """What `limits.fixed` can take out of a request's hands."""
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
@@ -119,6 +120,12 @@ def _plan(value: object) -> dict[str, Any]:
         raise ValueError(str(error)) from None  # ".tokens must ..." or " must ..."
 
 
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {value!r}")
+    return value
+
+
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"must be an integer >= 1, got {value!r}")
@@ -148,6 +155,10 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _true_or_false(text: str) -> object:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def _number(text: str) -> object:
     try:
         return int(text)
@@ -171,6 +182,12 @@ SETTINGS: Final = (
             _some_of(FIXABLE, at_least=0), _names, []),
     Setting("limits.max_body_bytes", "N", "bytes that a request's body may have",
             _count, _number, 64 * 2**20),
+    Setting(PIXELS, "N", "pixels that a picture may have, also once it is scaled for the encoder",
+            _count, _number, 50_000_000),
+    Setting("explain", "BOOL", "whether POST /v1/hiprune/explain is there",
+            _switch, _true_or_false, True),
+    Setting("playground", "BOOL", "whether the page /playground is there",
+            _switch, _true_or_false, True),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""vLLM endpoint plugin: puts the pruned chat handler in place and adds `GET /v1/hiprune`."""
+"""vLLM endpoint plugin: puts the pruned handlers in place and adds the routes of our own."""
 
 import argparse
 import asyncio
@@ -10,13 +10,31 @@ from dataclasses import replace
 from typing import Any
 
 import vllm
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.datastructures import State
+from vllm.entrypoints.anthropic import api_router as anthropic_api
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.responses import api_router as responses_api
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+import hiprune_server.media  # noqa: F401 - registers the connector for vLLM to find
+from hiprune_server import openapi, playground
 from hiprune_server.banner import banner
-from hiprune_server.chat import PrunedChat
+from hiprune_server.chat import (
+    PrunedChat,
+    PrunedCountTokensRequest,
+    PrunedMessages,
+    PrunedMessagesRequest,
+    PrunedResponses,
+    PrunedResponsesRequest,
+    pruned,
+)
 from hiprune_server.config import Config, load
+from hiprune_server.explain import Explainer, explain
 from hiprune_server.guard import Guard
+from hiprune_server.rendering import PrunedRenderer
 from hiprune_vllm import __version__
 from hiprune_vllm.plan import (
     FULL,
@@ -58,9 +76,23 @@ class HiPruneEndpointPlugin:
     """Whether the last server of this process stopped because its engine was gone."""
 
     def attach_router(self, app: FastAPI) -> None:
+        config = load({}, os.environ)
+        json_only = [Depends(validate_json_request)]
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
-        max_bytes = load({}, os.environ)["limits.max_body_bytes"]
-        app.add_middleware(Guard, max_bytes=max_bytes)
+        for path, endpoint in (
+            ("/v1/responses", create_responses),
+            ("/v1/messages", create_messages),
+            ("/v1/messages/count_tokens", count_tokens),
+        ):
+            app.add_api_route(path, endpoint, methods=["POST"], dependencies=json_only)
+        if config["explain"]:
+            app.add_api_route(
+                "/v1/hiprune/explain", explain, methods=["POST"], dependencies=json_only
+            )
+        if config["playground"]:
+            playground.attach(app)
+        openapi.describe(app)
+        app.add_middleware(Guard, max_bytes=config["limits.max_body_bytes"])
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager
@@ -80,9 +112,16 @@ class HiPruneEndpointPlugin:
         architectures = list(engine_client.model_config.hf_config.architectures or ["this model"])
         state.hiprune = getattr(info, "pruning", None) or NoPruning(architectures)
         state.hiprune_presets = presets(load({}, os.environ), state.hiprune.encoder)
-        state.openai_serving_chat = PrunedChat.around(
-            state.openai_serving_chat, state.hiprune, state.hiprune_presets
+        chat = state.openai_serving_chat
+        renderer = PrunedRenderer.around(chat.online_renderer, state.hiprune, state.hiprune_presets)
+        state.openai_serving_chat = pruned(chat, OpenAIServingChat, PrunedChat, renderer)
+        state.openai_serving_responses = pruned(
+            state.openai_serving_responses, OpenAIServingResponses, PrunedResponses, renderer
         )
+        state.anthropic_serving_messages = pruned(
+            state.anthropic_serving_messages, AnthropicServingMessages, PrunedMessages, renderer
+        )
+        state.hiprune_explainer = Explainer(state.openai_serving_chat, engine_client, state.hiprune)
 
 
 def presets(config: Config, encoder: Encoder | None) -> dict[str, PruningPlan]:
@@ -131,6 +170,21 @@ def _stop_in_good_order(app: FastAPI) -> threading.Event:
 def _model_name(state: State) -> str:
     name: str = state.openai_serving_models.base_model_paths[0].name
     return name
+
+
+async def create_responses(request: PrunedResponsesRequest, raw_request: Request) -> Any:
+    request.check()
+    return await responses_api.create_responses(request, raw_request)
+
+
+async def create_messages(request: PrunedMessagesRequest, raw_request: Request) -> Any:
+    request.check()
+    return await anthropic_api.create_messages(request, raw_request)
+
+
+async def count_tokens(request: PrunedCountTokensRequest, raw_request: Request) -> Any:
+    request.check()
+    return await anthropic_api.count_tokens(request, raw_request)
 
 
 async def describe(raw_request: Request) -> dict[str, Any]:

@@ -1,16 +1,24 @@
 """What stands before every route: bodies that are too large, and budgets that nobody would read."""
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hiprune_server.metrics import BODY, REJECTED, ROUTE
+from hiprune_server.wishes import places
 from hiprune_vllm.plan import FIELD
 
-CARRIES = "/v1/chat/completions"
-_MARK = f'"{FIELD}"'.encode()
+CARRIES: Final = (
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/hiprune/explain",
+)
+"""Routes that read budgets."""
+_MARKS: Final = (f'"{FIELD}"'.encode(), b"\\u00")
+"""Without one of these a body has no `hiprune` key: the second begins a letter's escape."""
 
 
 class Guard:
@@ -47,10 +55,10 @@ class Guard:
             await _refuse(413, told + f"got {size} or more", None, send)
             return
         route = scope["path"].removeprefix(scope.get("root_path", ""))
-        field = find(bytes(body)) if route != CARRIES and _is_json(scope) else None
+        field = find(bytes(body)) if route not in CARRIES and _is_json(scope) else None
         if field is not None:
             REJECTED.labels(ROUTE).inc()
-            told = f"{field} cannot be served on {route}: send it to {CARRIES}, or leave it out "
+            told = f"{field} cannot be served on {route}: send it to {CARRIES[0]}, or leave it out "
             await _refuse(400, told + "and the server's default applies", field, send)
             return
         unread = True
@@ -67,25 +75,13 @@ class Guard:
 
 def find(body: bytes) -> str | None:
     """Where in a request a budget stands; None where there is none or it is no JSON."""
-    if _MARK not in body:
+    if not any(mark in body for mark in _MARKS):
         return None
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         return None  # the route says what is wrong
-    return next(_places(found, ""), None)
-
-
-def _places(value: Any, path: str) -> Iterator[str]:
-    """Paths of `hiprune` keys at the top, in messages and in their parts."""
-    if not isinstance(value, dict):
-        return
-    if FIELD in value:
-        yield f"{path}{FIELD}"
-    for key in ("messages", "input", "content"):
-        items = value.get(key)
-        for i, item in enumerate(items if isinstance(items, list) else ()):
-            yield from _places(item, f"{path}{key}[{i}].")
+    return next(places(found), None)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -74,7 +74,9 @@ async def timed(
     waiting = bool(images)
     try:
         async for output in outputs:
-            seconds = getattr(output.metrics, "first_token_latency", 0.0)
+            # An output of the engine's, or the Responses API's account of them.
+            stats = getattr(output, "metrics", None) or getattr(output, "request_metrics", None)
+            seconds = getattr(stats, "first_token_latency", 0.0)
             if waiting and seconds:
                 waiting = False
                 kept = sum(image["tokens_kept"] for image in images)

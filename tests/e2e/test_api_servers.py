@@ -53,12 +53,34 @@ def test_metrics_of_all_processes_add_up(server):
 
 @pytest.mark.parametrize(
     ("method", "route"),
-    [("GET", "/v1/hiprune"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions")],
+    [
+        ("GET", "/v1/hiprune"),
+        ("POST", "/v1/hiprune/explain"),
+        ("GET", "/playground"),
+        ("GET", "/playground/page.js"),
+        ("GET", "/playground/samples/shapes-1.jpg"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/completions"),
+    ],
 )
 def test_the_key_covers_every_route_of_ours(server, method, route):
     answer = httpx.request(method, server.url + route, json={"hiprune": {"tokens": 0}})
     assert answer.status_code == 401
-    assert "hiprune" not in answer.text
+    assert "hiprune" not in answer.text.lower()
+
+
+def test_a_browser_brings_the_key_as_a_password(server):
+    page = f"{server.url}/playground"
+    assert "Basic" in httpx.get(page).headers["www-authenticate"]
+    assert httpx.get(page, auth=("anybody", "wrong")).status_code == 401
+    for options in ({"auth": ("anybody", "secret")}, {"headers": KEY}):
+        answer = httpx.get(page, **options)
+        assert answer.status_code == 200
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for path in ("/../__init__.py", "/%2e%2e/__init__.py", "/samples/../../cli.py", "/none.js"):
+        assert httpx.get(page + path, headers=KEY).status_code == 404
 
 
 def test_a_large_body_is_refused(server):

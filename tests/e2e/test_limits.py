@@ -106,8 +106,7 @@ def test_get_hiprune_shows_presets_and_limits(server):
 
 ROUTES = {
     "/v1/completions": {"prompt": "Hello", "max_tokens": 2},
-    "/v1/responses": {"input": "Hello", "max_output_tokens": 2},
-    "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
+    "/tokenize": {"prompt": "Hello"},
 }
 
 
@@ -160,6 +159,9 @@ def test_metrics_count_what_answers_say(server, picture):
     assert more("hiprune_visual_tokens_kept_total") == 50 + 70
     assert more("hiprune_kept_ratio_count") == 2
     assert more("hiprune_kept_ratio_sum") == pytest.approx(120 / 576)
+    # From the worker; a picture that was seen before may not be scored again.
+    assert 1 <= more("hiprune_selection_seconds_count") <= 2
+    assert 0 < more("hiprune_selection_seconds_sum") < 10
     for label in ("1-64", "65-128"):
         assert more("hiprune_time_to_first_token_seconds_count", kept_tokens=label) == 1
         assert 0 < more("hiprune_time_to_first_token_seconds_sum", kept_tokens=label) < 60

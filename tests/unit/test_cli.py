@@ -44,6 +44,15 @@ def test_a_wrong_command_line_is_explained(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture(autouse=True)
+def _environment_as_before():
+    """`main` prepares the environment of the server that the process becomes."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def served(argv, monkeypatch, tmp_path):
     """What `main` hands to vLLM."""
     calls = []
@@ -63,6 +72,22 @@ def test_the_demo_has_flags_of_its_own_that_can_be_overridden(monkeypatch, tmp_p
     assert not any(flag.startswith("--host=") for flag in flags)
     assert flags[-5:] == ["--port", "9", "--host", "::", "--shutdown-timeout=30"]
     assert config["default"] == {}
+
+
+def test_metrics_go_through_a_folder_that_is_there_while_the_server_runs(monkeypatch, tmp_path):
+    monkeypatch.delenv(cli.METRICS_DIR, raising=False)
+    seen = []
+
+    def serve(flags, config):
+        folder = Path(os.environ[cli.METRICS_DIR])
+        seen.extend([folder, folder.is_dir()])
+
+    monkeypatch.setattr(cli, "serve", serve)
+    cli.main(["some/model"])
+    folder, was_there = seen
+    assert was_there
+    assert not folder.exists()
+    assert cli.METRICS_DIR not in os.environ
 
 
 def test_both_plugins_are_allowed_and_others_stay(monkeypatch):

@@ -61,13 +61,18 @@ def test_what_is_exported_is_read_back_the_same(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("defaults: {}", "settings.yaml: defaults is unknown; known are default, limits.fixed,"),
+        (
+            "defaults: {}",
+            "settings.yaml: defaults is unknown; known are default, explain, limits.fixed,",
+        ),
         ("limits: {min: 1}", "settings.yaml: limits.min is unknown"),
         ("limits: 3", "settings.yaml: limits must hold keys and values, got 3"),
         ("default: {tokens: 0}", "default.tokens must be an integer in"),
         ("default: 192", "default must be an object, got 192"),
         ("default: {total_tokens: 5}", "default.total_tokens is unknown"),
         ("presets: {low: {ratio: 2}}", "presets.low.ratio must be a number in (0, 1], got 2"),
+        ("explain: 1", "explain must be true or false, got 1"),
+        ("playground: yess", "playground must be true or false, got 'yess'"),
         ("limits: {min_tokens: true}", "limits.min_tokens must be an integer >= 1, got True"),
         ("limits: {methods: []}", "limits.methods must be a list of hiprune, attention"),
         ("limits: {methods: hiprune}", "limits.methods must be a list"),

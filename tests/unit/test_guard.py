@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from hiprune_server.guard import Guard, find
+from hiprune_server.guard import CARRIES, Guard, find
 
 LIMIT = 200_000
 
@@ -47,7 +47,9 @@ def post(path, body, kind="application/json"):
     ],
 )  # fmt: skip
 def test_a_budget_is_refused_with_its_place(body, field):
-    for route in ("/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"):
+    escaped = json.dumps(body).replace('"hiprune"', r'"h\u0069prune"')
+    for route in ("/v1/completions", "/v1/chat/completions/batch", "/tokenize"):
+        assert post(route, escaped).status_code == 400
         answer = post(route, json.dumps(body))
         assert answer.status_code == 400
         error = answer.json()["error"]
@@ -75,9 +77,10 @@ def test_everything_else_goes_through_unchanged(body):
     assert answer.text == body
 
 
-def test_chat_and_other_kinds_of_bodies_are_not_looked_at():
+def test_routes_that_read_budgets_and_other_kinds_of_bodies_are_not_looked_at():
     body = '{"hiprune": {}}'
-    assert post("/v1/chat/completions", body).text == body
+    for route in CARRIES:
+        assert post(route, body).text == body
     assert post("/v1/audio/transcriptions", body, "multipart/form-data; boundary=x").text == body
 
 

@@ -5,21 +5,30 @@ from typing import Any, ClassVar
 
 import torch
 from cachetools import LRUCache
+from prometheus_client import Histogram
 from vllm.config import VllmConfig
 from vllm.distributed import (
+    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
 
 from hiprune_vllm.engine.compat import check_engine
-from hiprune_vllm.models.base import FamilyAdapter, Image
+from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Trace, TracedPart
 from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.clock import SELECTION
 
 BUDGET_FIELD = "hiprune_budget"
 """Name of the per-image tensor that carries `pack_item` from processor to worker."""
 
 REMEMBERED_IMAGES = 1024
 """Selections that a worker remembers, least recently used out first: 24 MiB at 2880 tokens each."""
+
+SELECTION_SECONDS = Histogram(
+    "hiprune_selection_seconds",
+    "Scoring of two encoder layers and selection, for a batch of pictures in the worker.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
 
 
 def pack_item(budget: ImageBudget, identity: str) -> list[int]:
@@ -70,15 +79,44 @@ class PrunedModel(torch.nn.Module):
         items = [unpack_item(row) for row in rows.tolist()] if rows is not None else []
         if all(budget.is_full for budget, _ in items):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        parallel = get_tensor_model_parallel_world_size() > 1
-        encoded = self.family.embed(
-            self,
+        encoded = self._encode(
             [Image(budget, self._kept_before.get(identity)) for budget, identity in items],
-            sum_over_ranks if parallel else None,
-            self._max_encoder_tokens,
+            [identity for _, identity in items],
             **kwargs,
         )
-        for (_, identity), image in zip(items, encoded, strict=True):
+        return [image.embeddings for image in encoded]
+
+    def explain(self, layer: int, score: str, **kwargs: object) -> list[TracedPart]:
+        """How the tokens of one image are chosen, by the code that chooses them.
+
+        What is kept is what a request for the same image keeps, before and after: the choice is
+        remembered.
+
+        Args:
+            layer, score: object layer and kind of score to report.
+            kwargs: the model's multimodal inputs of a batch of this one image.
+
+        Returns:
+            One a part (tile) that keeps something.
+        """
+        rows: Any = kwargs.pop(BUDGET_FIELD)
+        ((budget, identity),) = [unpack_item(row) for row in rows.tolist()]
+        trace = Trace(layer, score)
+        self._encode([Image(budget, self._kept_before.get(identity), trace)], [identity], **kwargs)
+        return trace.parts
+
+    def _encode(
+        self, images: Sequence[Image], identities: Sequence[int], **kwargs: object
+    ) -> list[Encoded]:
+        parallel = get_tensor_model_parallel_world_size() > 1
+        encoded = self.family.embed(
+            self, images, sum_over_ranks if parallel else None, self._max_encoder_tokens, **kwargs
+        )
+        for identity, image in zip(identities, encoded, strict=True):
             if image.kept is not None:
                 self._kept_before[identity] = image.kept
-        return [image.embeddings for image in encoded]
+        laps = SELECTION.lap()
+        if get_tensor_model_parallel_rank() == 0:
+            for seconds in laps:
+                SELECTION_SECONDS.observe(seconds)
+        return encoded

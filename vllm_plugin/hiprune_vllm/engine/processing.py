@@ -21,6 +21,7 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
+from hiprune_vllm.engine import explain
 from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
@@ -33,6 +34,7 @@ from hiprune_vllm.plan import (
     PlanError,
     PruningPlan,
     TokenCount,
+    complete,
     parse_plan,
     resolve_all,
     with_seed,
@@ -158,7 +160,10 @@ class PrunedProcessor(BaseMultiModalProcessor):
         return replace(inputs, hf_processor_mm_kwargs={FIELD: FULL})
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's `apply`; the result also has `hiprune`: a dict an image, full and kept tokens."""
+        """vLLM's `apply`; the result also has `hiprune`: a dict an image.
+
+        It has `tokens_full`, `tokens_kept`, `method`, and the whole `plan` (a `PruningPlan`).
+        """
         images = inputs.mm_data_items.get("image", [])
         plans = self._plans(inputs.hf_processor_mm_kwargs, len(images))
         if isinstance(images, EmbeddingItems | DictEmbeddingItems):
@@ -191,11 +196,22 @@ class PrunedProcessor(BaseMultiModalProcessor):
             {
                 "tokens_full": budget.full,
                 "tokens_kept": budget.keep,
-                "method": plan.method or "hiprune",
+                "method": plan.method,
+                "plan": plan,
             }
-            for plan, budget in zip(plans, budgets, strict=True)
+            for plan, budget in zip(
+                [complete(plan, encoder) for plan in plans], budgets, strict=True
+            )
         ]
         return result
+
+    async def explain(self, engine_client: Any, inputs: Any) -> list[dict[str, Any]]:
+        """Which tokens of a prompt's only image stay and why; see `engine.explain`."""
+        return await explain.explain(engine_client, inputs)
+
+    def views(self, inputs: Any) -> list[tuple[int, int, int, Any]]:
+        """A prompt's only image as the encoder sees it; see `engine.explain`."""
+        return explain.views(self.info, inputs)
 
     def _plans(self, kwargs: Mapping[str, object], images: int) -> list[PruningPlan]:
         """One plan an image, the engine-wide one below each of them."""

@@ -1,15 +1,19 @@
 """What a model family has to say about itself, and what every family needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.clock import SELECTION
 from hiprune_vllm.pruning.record import SumOverRanks
 from hiprune_vllm.pruning.select import Region, kept_indices
+
+Colour = tuple[float, float, float]
+"""Red, green, blue."""
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -34,6 +38,42 @@ class TooShallow(RuntimeError):
         )
 
 
+class TracedPart(NamedTuple):
+    """How the tokens of one part (tile) of an image were chosen.
+
+    Attributes:
+        number: of the tile, 0 for an image in one part.
+        budget: of this part.
+        columns: tokens in a row of the grid.
+        region: the part of the grid that may be kept; None for all of it.
+        object_scores, output_scores: (N,) fp32.
+        kept: (budget.keep,) int64, ascending.
+    """
+
+    number: int
+    budget: ImageBudget
+    columns: int
+    region: Region | None
+    object_scores: torch.Tensor
+    output_scores: torch.Tensor
+    kept: torch.Tensor
+
+
+@dataclass
+class Trace:
+    """Notes how an image is pruned while that happens.
+
+    Attributes:
+        layer: object layer, 1-based, whose scores are wanted whatever the budget needs.
+        score: kind of score.
+        parts: filled in; parts that keep nothing are left out.
+    """
+
+    layer: int
+    score: str
+    parts: list[TracedPart] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Image:
     """One image to encode.
@@ -42,10 +82,27 @@ class Image:
         budget: what to keep.
         known: what was kept of it before, (kept,) indices for each of its parts (tiles); None for
             an image that is new.
+        trace: notes how, where somebody asks.
     """
 
     budget: ImageBudget
     known: tuple[torch.Tensor, ...] | None = None
+    trace: Trace | None = None
+
+
+class View(NamedTuple):
+    """Pixels that the encoder saw as one part of an image.
+
+    Attributes:
+        number: of the part, as in `TracedPart`.
+        left, top: where it belongs in a picture of the whole, pixels.
+        pixels: (rows, columns, 3) float, in [0, 1] where the picture is.
+    """
+
+    number: int
+    left: int
+    top: int
+    pixels: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -104,6 +161,29 @@ class FamilyAdapter(Protocol):
         """
         ...
 
+    def views(
+        self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
+    ) -> list[View]:
+        """The picture as the encoder saw it.
+
+        Args:
+            hf_config: the checkpoint's configuration.
+            inputs: the model's own multimodal inputs of one image, without a batch dimension.
+            mean, std: that its pixels were normalised by.
+        """
+        ...
+
+
+def shown(pixels: torch.Tensor, mean: Colour, std: Colour) -> torch.Tensor:
+    """(3, rows, columns) pixels as (rows, columns, 3) in [0, 1].
+
+    They are normalised, or still bytes where vLLM's model does that itself.
+    """
+    picture = pixels.permute(1, 2, 0)
+    if picture.dtype == torch.uint8:
+        return picture / 255
+    return (picture.float() * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+
 
 def choose(
     budgets: Mapping[int, ImageBudget],
@@ -130,26 +210,27 @@ def choose(
     Returns:
         A (budget.keep,) int64 tensor a picture, ascending.
     """
-    groups: dict[tuple[ImageBudget, Region | None], list[int]] = {}
-    for row, budget in budgets.items():
-        groups.setdefault((budget, regions[row] if regions else None), []).append(row)
-    chosen: dict[int, torch.Tensor] = {}
-    for (budget, region), rows in groups.items():
+    with SELECTION.running(device):
+        groups: dict[tuple[ImageBudget, Region | None], list[int]] = {}
+        for row, budget in budgets.items():
+            groups.setdefault((budget, regions[row] if regions else None), []).append(row)
+        chosen: dict[int, torch.Tensor] = {}
+        for (budget, region), rows in groups.items():
 
-        def stacked(
-            layer: int, budget: ImageBudget = budget, rows: list[int] = rows
-        ) -> torch.Tensor:
-            return torch.stack([scores[layer, budget.score, row] for row in rows])
+            def stacked(
+                layer: int, budget: ImageBudget = budget, rows: list[int] = rows
+            ) -> torch.Tensor:
+                return torch.stack([scores[layer, budget.score, row] for row in rows])
 
-        kept = kept_indices(
-            budget,
-            count=count,
-            columns=columns,
-            batch=len(rows),
-            device=device,
-            object_scores=stacked(budget.object_layer) if budget.anchors else None,
-            output_scores=stacked(output_layer) if budget.needs_attention else None,
-            region=region,
-        )
-        chosen.update(zip(rows, kept, strict=True))
-    return chosen
+            kept = kept_indices(
+                budget,
+                count=count,
+                columns=columns,
+                batch=len(rows),
+                device=device,
+                object_scores=stacked(budget.object_layer) if budget.anchors else None,
+                output_scores=stacked(output_layer) if budget.needs_attention else None,
+                region=region,
+            )
+            chosen.update(zip(rows, kept, strict=True))
+        return chosen

@@ -4,11 +4,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import Encoded, Image
+from hiprune_vllm.models.base import Colour, Encoded, Image, View, shown
 from hiprune_vllm.models.tiles import Tile, encode_tiles, tile_encoder
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.record import SumOverRanks
+
+
+def check_scaled(image_processor: Any, size: Any) -> None:
+    """Refuses a picture that grows beyond all measure where its short side is scaled to the tile's.
+
+    A picture of one row and some thousand columns would take gigabytes, of which the centre alone
+    is used.
+
+    Raises:
+        VLLMValidationError: naming both sizes.
+    """
+    short = getattr(image_processor, "size", {}).get("shortest_edge")
+    longest, shortest = max(size.width, size.height), min(size.width, size.height)
+    limit = envs.VLLM_MAX_IMAGE_PIXELS
+    if not short or limit <= 0 or short * (scaled := short * longest // shortest) <= limit:
+        return
+    raise VLLMValidationError(
+        f"image_url must not be that long and narrow: {size.width} x {size.height} pixels would be "
+        f"scaled to {short} x {scaled}, more than {limit} in all",
+        parameter="image_url",
+    )
 
 
 class LlavaAdapter:
@@ -20,6 +43,7 @@ class LlavaAdapter:
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]
     ) -> TokenCount:
+        check_scaled(info.get_hf_processor().image_processor, images.get_image_size(index))
         count = info.get_max_image_tokens()  # every picture is scaled to one tile
         return TokenCount(count, count)
 
@@ -33,7 +57,12 @@ class LlavaAdapter:
     ) -> list[Encoded]:
         pixels = model._parse_and_validate_image_input(**kwargs)["pixel_values"]
         tiles = [
-            Tile(pixels[i], image.budget, known=image.known[0] if image.known else None)
+            Tile(
+                pixels[i],
+                image.budget,
+                known=image.known[0] if image.known else None,
+                trace=image.trace,
+            )
             for i, image in enumerate(images)
         ]
         encoder = self.encoder(model.config)
@@ -43,3 +72,8 @@ class LlavaAdapter:
             Encoded(embeddings, None if image.budget.is_full else (index,))
             for image, embeddings, index in zip(images, projected, indices, strict=True)
         ]
+
+    def views(
+        self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
+    ) -> list[View]:
+        return [View(0, 0, 0, shown(inputs["pixel_values"], mean, std))]

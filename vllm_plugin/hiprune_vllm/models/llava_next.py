@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from hiprune_vllm.models.base import Encoded, Image
+from hiprune_vllm.models.base import Colour, Encoded, Image, View, shown
 from hiprune_vllm.models.tiles import Tile, encode_tiles, tile_columns, tile_encoder
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget, spread
@@ -85,7 +85,8 @@ class LlavaNextAdapter:
             for number in places[-1]:
                 region, share = shares[number]
                 budget = image.budget.part(region.size, share, number)
-                tiles.append(Tile(pixels[number], budget, region, next(known, None)))
+                tile = Tile(pixels[number], budget, region, next(known, None), number, image.trace)
+                tiles.append(tile)
         encoder = self.encoder(model.config)
         kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks, max_tokens)
         projected = model.multi_modal_projector(torch.cat(kept)).split([len(i) for i in indices])
@@ -104,6 +105,19 @@ class LlavaNextAdapter:
             merged = torch.cat(projected[of_image])[order]
             encoded.append(Encoded(merged, tuple(indices[of_image])))
         return encoded
+
+    def views(
+        self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
+    ) -> list[View]:
+        """The base tile, and the grid of tiles to the right of it."""
+        height, width = (int(side) for side in inputs["image_sizes"])
+        _, cols = self._grid(hf_config, (height, width))
+        views = []
+        for number, tile in enumerate(inputs["pixel_values"]):
+            side = tile.shape[-1]
+            row, col = divmod(number - 1, cols) if number else (0, -1)
+            views.append(View(number, (col + 1) * side, row * side, shown(tile, mean, std)))
+        return views
 
     def _grid(self, config: Any, size: tuple[int, int]) -> tuple[int, int]:
         rows, cols = get_anyres_image_grid_shape(

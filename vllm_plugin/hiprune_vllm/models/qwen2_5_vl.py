@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import Encoded, Image, TooShallow, choose
+from hiprune_vllm.models.base import (
+    Colour,
+    Encoded,
+    Image,
+    TooShallow,
+    TracedPart,
+    View,
+    choose,
+    shown,
+)
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.positions import encode_positions, no_positions
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
@@ -73,6 +82,11 @@ class Qwen25VLAdapter:
             spans=_spans([t * h * w for t, h, w in grids]),
         )
         new = {i: image.budget for i, image in enumerate(images) if image.known is None}
+        traced = {
+            i: (image.trace.layer, image.trace.score)
+            for i, image in enumerate(images)
+            if image.trace is not None
+        }
         metadata = visual.prepare_encoder_metadata(grids)
         # Original token -> its place in the window order that the blocks run in. What the merger
         # gets below is in the original order already, so the tower must not undo anything.
@@ -85,28 +99,38 @@ class Qwen25VLAdapter:
         def keep_only(hidden: torch.Tensor) -> torch.Tensor:
             rows = []
             for i, (start, stop) in enumerate(_spans([image.budget.full for image in images])):
+                here = places[start:stop] - start
+                of_tokens = {
+                    (layer, score, i): values.view(-1, unit).mean(dim=1)[here]
+                    for (layer, score, image), values in scores.items()
+                    if image == i
+                }
                 index = images[i].known[0] if images[i].known else None  # type: ignore[index]
                 if index is None:
-                    here = places[start:stop] - start
                     index = choose(
                         {i: new[i]},
-                        {
-                            (layer, score, i): values.view(-1, unit).mean(dim=1)[here]
-                            for (layer, score, image), values in scores.items()
-                            if image == i
-                        },
+                        of_tokens,
                         output_layer=encoder.output_layer,
                         count=stop - start,
                         columns=grids[i][2] // size,
                         device=hidden.device,
                     )[i]
+                if (trace := images[i].trace) is not None:
+                    at_object, at_output = (
+                        of_tokens[layer, trace.score, i]
+                        for layer in (trace.layer, encoder.output_layer)
+                    )
+                    columns = grids[i][2] // size
+                    trace.parts.append(
+                        TracedPart(0, images[i].budget, columns, None, at_object, at_output, index)
+                    )
                 kept.append(index)
                 rows.append(places[start:stop][index])
             tokens = hidden.view(-1, unit, hidden.shape[-1])[torch.cat(rows)]
             return tokens.reshape(-1, *hidden.shape[1:])
 
         with (
-            recorder.recording(wanted_scores(new, encoder.output_layer)) as scores,
+            recorder.recording(wanted_scores(new, encoder.output_layer, traced)) as scores,
             # Its first layer: the merger itself may be called past its hooks (compile wrapper).
             _before(visual.merger.ln_q, keep_only),
         ):
@@ -120,6 +144,19 @@ class Qwen25VLAdapter:
             positions = encode_positions(index, grid[2] // size, part.dtype)
             encoded.append(Encoded(torch.cat([part, positions], dim=1), (index,)))
         return encoded
+
+    def views(
+        self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
+    ) -> list[View]:
+        """Patches come in merge blocks of 2x2, each patch with all its colours and frames."""
+        vision = hf_config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        _, rows, cols = (int(side) for side in inputs["image_grid_thw"])
+        blocks = inputs["pixel_values"].view(
+            rows // merge, cols // merge, merge, merge, 3, -1, patch, patch
+        )[:, :, :, :, :, 0]  # a still image is the same frame twice
+        pixels = blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, cols * patch)
+        return [View(0, 0, 0, shown(pixels, mean, std))]
 
 
 @contextmanager

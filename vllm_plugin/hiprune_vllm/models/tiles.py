@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint, choose
+from hiprune_vllm.models.base import (
+    TooShallow,
+    Trace,
+    TracedPart,
+    UnsupportedCheckpoint,
+    choose,
+)
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
@@ -71,12 +77,16 @@ class Tile:
         budget: what to keep of it.
         region: the part that may be kept; None for all of it.
         known: indices that were kept of it before; None for a new one.
+        number: among the tiles of its image.
+        trace: of its image, where somebody asks how it is pruned.
     """
 
     pixels: torch.Tensor
     budget: ImageBudget
     region: Region | None = None
     known: torch.Tensor | None = None
+    number: int = 0
+    trace: Trace | None = None
 
 
 def encode_tiles(
@@ -112,7 +122,9 @@ def encode_tiles(
     for first in range(0, len(tiles), step):
         some = tiles[first : first + step]
         new = {i: tile.budget for i, tile in enumerate(some) if tile.known is None}
-        with recorder.recording(wanted_scores(new, encoder.output_layer)) as scores:
+        traces = {i: tile.trace for i, tile in enumerate(some) if tile.trace is not None}
+        traced = {i: (trace.layer, trace.score) for i, trace in traces.items()}
+        with recorder.recording(wanted_scores(new, encoder.output_layer, traced)) as scores:
             features = model._image_pixels_to_features(
                 model.vision_tower, torch.stack([tile.pixels for tile in some])
             )
@@ -126,6 +138,16 @@ def encode_tiles(
             regions={i: some[i].region for i in new},
         )
         of_tiles = [chosen[i] if tile.known is None else tile.known for i, tile in enumerate(some)]
+        for i, trace in traces.items():
+            at_object, at_output = (
+                scores[layer, trace.score, i] for layer in (trace.layer, encoder.output_layer)
+            )
+            trace.parts.append(
+                TracedPart(
+                    some[i].number, some[i].budget, columns, some[i].region,
+                    at_object, at_output, of_tiles[i],
+                )
+            )  # fmt: skip
         kept += [tile[index] for tile, index in zip(features, of_tiles, strict=True)]
         indices += of_tiles
     return kept, indices

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.clock import SELECTION
 from hiprune_vllm.pruning.scores import attention_received
 
 
@@ -37,15 +38,29 @@ class Wanted:
     rows: tuple[int, ...]
 
 
-def wanted_scores(budgets: Mapping[int, ImageBudget], output_layer: int) -> list[Wanted]:
-    """Which scores a batch needs; `budgets` by row of the batch, rows without one need none."""
-    rows: dict[tuple[int, str], list[int]] = {}
+def wanted_scores(
+    budgets: Mapping[int, ImageBudget],
+    output_layer: int,
+    traced: Mapping[int, tuple[int, str]] | None = None,
+) -> list[Wanted]:
+    """Which scores a batch needs.
+
+    Args:
+        budgets: by row of the batch, rows without one need none.
+        output_layer: 1-based.
+        traced: rows whose scores of an object layer and the output layer are wanted in any case
+            -> that layer and the kind of score.
+    """
+    rows: dict[tuple[int, str], set[int]] = {}
     for row, budget in budgets.items():
         if budget.needs_attention:
-            rows.setdefault((output_layer, budget.score), []).append(row)
+            rows.setdefault((output_layer, budget.score), set()).add(row)
             if budget.anchors:
-                rows.setdefault((budget.object_layer, budget.score), []).append(row)
-    return [Wanted(layer, score, tuple(found)) for (layer, score), found in rows.items()]
+                rows.setdefault((budget.object_layer, budget.score), set()).add(row)
+    for row, (layer, score) in (traced or {}).items():
+        for wanted in (layer, output_layer):
+            rows.setdefault((wanted, score), set()).add(row)
+    return [Wanted(layer, score, tuple(sorted(found))) for (layer, score), found in rows.items()]
 
 
 class ScoreRecorder:
@@ -101,6 +116,10 @@ class ScoreRecorder:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
+            with SELECTION.running(query.device):
+                note(module, query, key)
+
+        def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
             attention = cast(EncoderAttention, module)
             shape = (*query.shape[:2], attention.num_heads, attention.head_size)
             query, key = query.reshape(shape), key.reshape(shape)

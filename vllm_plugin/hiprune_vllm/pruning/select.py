@@ -66,6 +66,41 @@ def best_indices(kind: torch.Tensor, scores: torch.Tensor, keep: int) -> torch.T
     return torch.sort(best_order(kind, scores)[:, :keep], dim=1).values
 
 
+ROLES = ("register", "buffer", "anchor")
+"""Why a token stays, by its kind."""
+
+
+def token_kinds(
+    object_scores: torch.Tensor,
+    *,
+    anchors: int,
+    columns: int,
+    buffer: str,
+    allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What every token would stay as (Eq. 4-7): 2 an anchor, 1 a buffer, 0 a register.
+
+    Args:
+        object_scores: (B, N), a[l] of the object layer.
+        anchors: N_a.
+        columns: p, tokens in a row of the grid.
+        buffer: buffer scheme.
+        allowed: (N,) bool: tokens that may be kept; None for all.
+
+    Returns:
+        (B, N) int8, below 0 where a token may not be kept. Ties break by lower index.
+    """
+    may = torch.zeros_like(object_scores, dtype=torch.int8)
+    if allowed is not None:
+        may = may - (~allowed).to(torch.int8)
+    order = best_order(may, object_scores)[:, :anchors]
+    anchor = torch.zeros_like(may, dtype=torch.bool).scatter_(1, order, True)
+    buffers = buffer_mask(anchor, columns, buffer)
+    if allowed is not None:
+        buffers = buffers & allowed
+    return may + anchor.to(torch.int8) * 2 + buffers.to(torch.int8)
+
+
 def hiprune_indices(
     object_scores: torch.Tensor,
     output_scores: torch.Tensor,
@@ -94,15 +129,10 @@ def hiprune_indices(
     Returns:
         (B, keep) int64, ascending.
     """
-    may = torch.zeros_like(output_scores, dtype=torch.int8)
-    if allowed is not None:
-        may = may - (~allowed).to(torch.int8)
-    order = best_order(may, object_scores)[:, :anchors]
-    anchor = torch.zeros_like(may, dtype=torch.bool).scatter_(1, order, True)
-    buffers = buffer_mask(anchor, columns, buffer)
-    if allowed is not None:
-        buffers = buffers & allowed
-    kind = may + anchor.to(torch.int8) * 2 + buffers.to(torch.int8)
+    kind = token_kinds(
+        object_scores, anchors=anchors, columns=columns, buffer=buffer, allowed=allowed
+    )
+    buffers = kind == ROLES.index("buffer")
     return best_indices(kind, torch.where(buffers, object_scores, output_scores), keep)
 
 

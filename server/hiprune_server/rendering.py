@@ -1,0 +1,132 @@
+"""Where every route's messages become a prompt: here a request's wishes meet the processor."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from hiprune_server import metrics
+from hiprune_server.wishes import ImageWish, Presets, Pruning, Wishes, take_image_wishes
+from hiprune_vllm.plan import FIELD, PlanError, PruningPlan
+
+Images = list[dict[str, Any]]
+
+images_kept: ContextVar[Images | None] = ContextVar("hiprune_images", default=None)
+"""What the request at hand reports about its images; None where it has none and asked nothing."""
+
+
+def refused(error: PlanError) -> VLLMValidationError:
+    """A `hiprune` object that cannot be served, as vLLM's handlers tell it; counts it."""
+    metrics.count_rejected(error)
+    refusal = VLLMValidationError(str(error), parameter=error.field)
+    refusal.__cause__ = error
+    return refusal
+
+
+@contextmanager
+def blamed_on_the_request(field: str) -> Iterator[None]:
+    """Makes a 400 of what vLLM stumbles over while it reads a request's messages.
+
+    It looks into them before it has checked all of their shape; nothing but the request itself
+    is at hand there.
+    """
+    try:
+        yield
+    except (LookupError, AttributeError, TypeError, AssertionError) as error:
+        raise VLLMValidationError(
+            f"{field} must be messages as the API has them, these cannot be read", parameter=field
+        ) from error
+
+
+class PrunedRenderer(OnlineRenderer):
+    """vLLM's renderer with a request's plans handed to the multimodal processor.
+
+    It accepts processor options from a request, but of those only the plans that were checked
+    here; the client's own options meet vLLM's refusal as ever.
+    """
+
+    _pruning: Pruning
+    _presets: Presets
+    _trust_request: bool
+
+    @classmethod
+    def around(
+        cls, renderer: OnlineRenderer, pruning: Pruning, presets: Presets
+    ) -> "PrunedRenderer":
+        """A pruned copy of vLLM's `renderer`, which itself stays as it is."""
+        if type(renderer) is not OnlineRenderer:
+            raise RuntimeError(
+                f"version drift: expected OnlineRenderer, got {type(renderer).__name__}"
+            )
+        pruned = cls.__new__(cls)
+        pruned.__dict__.update(renderer.__dict__)
+        pruned._pruning = pruning
+        pruned._presets = presets
+        pruned._trust_request = renderer.trust_request_mm_kwargs
+        pruned.trust_request_mm_kwargs = True
+        return pruned
+
+    async def render_chat(self, request: Any, **kwargs: Any) -> Any:
+        with blamed_on_the_request("messages"):
+            return await super().render_chat(request, **kwargs)
+
+    async def render_responses(self, request: Any, **kwargs: Any) -> Any:
+        with blamed_on_the_request("input"):
+            return await super().render_responses(request, **kwargs)
+
+    async def preprocess_chat(
+        self, request: Any, messages: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = request.mm_processor_kwargs
+        validate_request_mm_kwargs(
+            mm_processor_kwargs=given,
+            media_io_kwargs=request.media_io_kwargs,
+            trust_request_mm_kwargs=self._trust_request,
+        )
+        try:
+            plain, of_images = take_image_wishes(messages, self._pruning, self._presets)
+            wishes, options = self._wishes(request, given or {}, of_images)
+        except PlanError as error:
+            raise refused(error) from error
+        try:
+            # The request itself and no copy: vLLM's parsers change it while it is rendered.
+            request.mm_processor_kwargs = options or None
+            result = await super().preprocess_chat(request, plain, *args, **kwargs)
+        except VLLMValidationError as error:
+            if isinstance(error.__cause__, PlanError):  # known only once the pictures are
+                metrics.count_rejected(error.__cause__)
+            raise
+        finally:
+            request.mm_processor_kwargs = given
+        reports = [image for inputs in result[1] for image in inputs.get(FIELD, ())]
+        images = [
+            {key: report[key] for key in ("tokens_full", "tokens_kept", "method")}
+            | {"source": wishes.source(i)}
+            for i, report in enumerate(reports)
+        ]
+        images_kept.set(images if images or wishes.asked else None)
+        return result
+
+    def _wishes(
+        self, request: Any, options: dict[str, Any], of_images: Sequence[ImageWish]
+    ) -> tuple[Wishes, dict[str, Any]]:
+        """All that a request asks for, and the processor options that say so."""
+        top = FIELD in request.model_fields_set
+        asked = top or any(wish.own is not None for wish in of_images)
+        detailed = any(wish.detail is not None for wish in of_images)
+        if asked and FIELD in options:
+            raise PlanError(FIELD, "must be given once, got it in mm_processor_kwargs too")
+        if not asked and not detailed:
+            value = options.get(FIELD, {})
+            whole = self._pruning.parse(value) if isinstance(value, dict) and value else None
+            return Wishes(False, whole or PruningPlan(), of_images), options
+        if detailed and FIELD in options:
+            raise PlanError(f"mm_processor_kwargs.{FIELD}", "must not meet an image's detail")
+        whole = self._pruning.parse(getattr(request, FIELD)) if top else PruningPlan()
+        plans = [wish.over(whole) for wish in of_images]
+        uniform = all(wish == ImageWish() for wish in of_images)
+        return Wishes(True, whole, of_images), {**options, FIELD: whole if uniform else plans}

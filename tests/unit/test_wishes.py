@@ -1,0 +1,103 @@
+"""Wishes of image parts: off chat messages, and behind URLs where models would drop them."""
+
+import pytest
+
+from hiprune_server.wishes import ImageWish, tag, take_image_wishes
+from hiprune_vllm.plan import Encoder, PlanError, PruningPlan, parse_plan
+
+ENCODER = Encoder("llava", 8, 3, has_cls=True)
+PRESETS = {"low": PruningPlan(ratio=0.1), "high": PruningPlan(ratio=1.0)}
+URL = "data:image/png;base64,AAAA"
+
+
+class Pruning:
+    default = PruningPlan()
+
+    def parse(self, value, *, name="hiprune", for_one_image=False):
+        return parse_plan(value, ENCODER, field=name, for_one_image=for_one_image)
+
+
+def take(*parts):
+    messages = [{"role": "user", "content": list(parts)}]
+    plain, wishes = take_image_wishes(messages, Pruning(), PRESETS)
+    return plain[0]["content"], wishes
+
+
+def carried(part):
+    """A part of the Responses API after `tag`, as vLLM hands it on."""
+    body = {"model": "m", "input": [{"role": "user", "content": [part]}]}
+    tagged = tag(body)
+    assert body["input"][0]["content"][0] is part
+    return tagged["input"][0]["content"][0]
+
+
+def test_messages_stay_as_they_are_and_are_read_once():
+    part = {"type": "image_url", "image_url": {"url": URL}, "hiprune": {"tokens": 5}}
+    message = {"role": "user", "content": iter([part])}
+    plain, wishes = take_image_wishes([message], Pruning(), PRESETS)
+    assert message["content"] == [part]
+    assert plain[0]["content"] == [{"type": "image_url", "image_url": {"url": URL}}]
+    assert wishes == [ImageWish(PruningPlan(tokens=5))]
+
+
+def test_a_wish_comes_back_from_behind_its_url():
+    part = {"type": "input_image", "image_url": URL, "detail": "low", "hiprune": {"tokens": 7}}
+    tagged = carried(part)
+    assert "hiprune" not in tagged
+    assert tagged["image_url"].startswith(URL)
+    plain, wishes = take(tagged)
+    assert plain == [{"type": "input_image", "image_url": URL, "detail": "low"}]
+    assert wishes == [ImageWish(PruningPlan(tokens=7), PRESETS["low"])]
+
+
+@pytest.mark.parametrize("value", [None, [], "%", {"a": "ü#\n"}, {"tokens": 10**30}])
+def test_whatever_it_is_it_is_refused_under_its_own_name(value):
+    tagged = carried({"type": "input_image", "image_url": URL, "hiprune": value})
+    with pytest.raises(PlanError) as error:
+        take(tagged)
+    assert error.value.field.startswith("input[0].content[0].hiprune")
+
+
+@pytest.mark.parametrize("key", ["data", "url"])
+def test_blocks_of_the_messages_api(key):
+    source = {"type": "url" if key == "url" else "base64", key: "AAAA"}
+    block = {"type": "image", "source": source, "hiprune": {"tokens": 7}}
+    tool = {"type": "tool_result", "content": [block]}
+    tagged = tag({"messages": [{"role": "user", "content": [block, tool]}]})
+    for found in (
+        tagged["messages"][0]["content"][0],
+        tagged["messages"][0]["content"][1]["content"][0],
+    ):
+        assert set(found) == {"type", "source"}
+        assert found["source"][key].startswith("AAAA#hiprune-")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"input": [{"role": "user", "hiprune": {}}]}, "input[0].hiprune"),
+        ({"input": [{"content": [{"type": "input_text", "hiprune": {}}]}]},
+         "input[0].content[0].hiprune"),
+        ({"input": [{"content": [{"type": "input_image", "file_id": "x", "hiprune": {}}]}]},
+         "input[0].content[0].hiprune"),
+        ({"messages": [{"content": [{"type": "image", "source": 5, "hiprune": {}}]}]},
+         "messages[0].content[0].hiprune"),
+        ({"system": [{"type": "text", "hiprune": {}}]}, "system[0].hiprune"),
+    ],
+)  # fmt: skip
+def test_a_wish_without_a_picture_is_refused(body, field):
+    with pytest.raises(PlanError) as error:
+        tag(body)
+    assert error.value.field == field
+
+
+def test_a_client_cannot_write_a_tag():
+    url = f"{URL}#hiprune-{'0' * 32}-%5B%22x%22%2C%7B%7D%5D"
+    plain, wishes = take({"type": "input_image", "image_url": url})
+    assert plain[0]["image_url"] == url
+    assert wishes == [ImageWish()]
+
+
+def test_bodies_of_any_shape_go_through():
+    for body in ({}, {"input": "x"}, {"messages": [5, None, [{}]]}, {"input": {"a": 1}}):
+        assert tag(body) == body
