@@ -1,20 +1,17 @@
 """Answers that say what was kept: vLLM's own handlers of three APIs, with a plan and a report."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidatorFunctionWrapHandler, model_validator
-from vllm.entrypoints.anthropic.protocol import (
-    AnthropicCountTokensRequest,
-    AnthropicMessagesRequest,
-    AnthropicMessagesResponse,
-)
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.exceptions import GenerationError, VLLMValidationError
 
 from hiprune_server import metrics
 from hiprune_server.rendering import (
@@ -22,13 +19,12 @@ from hiprune_server.rendering import (
     PrunedRenderer,
     blamed_on_the_request,
     images_kept,
-    refused,
 )
-from hiprune_server.wishes import tag
-from hiprune_vllm.plan import FIELD, PlanError
+from hiprune_server.resending import Resending
+from hiprune_vllm.plan import FIELD
 
 
-def pruned(handler: Any, plain: type, cls: Any, renderer: PrunedRenderer) -> Any:
+def pruned(handler: Any, plain: Any, cls: Any, renderer: PrunedRenderer) -> Any:
     """A copy of vLLM's `handler` of class `plain` as a `cls` that renders with `renderer`."""
     if type(handler) is not plain:
         raise RuntimeError(
@@ -37,6 +33,7 @@ def pruned(handler: Any, plain: type, cls: Any, renderer: PrunedRenderer) -> Any
     copied: Any = cls.__new__(cls)
     copied.__dict__.update(handler.__dict__)
     copied.online_renderer = renderer
+    copied.engine_client = Resending(handler.engine_client)
     return copied
 
 
@@ -54,14 +51,41 @@ def answered(outputs: Any) -> tuple[Any, Images | None]:
     return metrics.timed(outputs, images), images
 
 
+@contextmanager
+def blamed_on_the_grammar(request: Any) -> Iterator[None]:
+    """Makes a 400 of an answer that failed where the request says what form it must have.
+
+    A grammar may be one that no text of this model's vocabulary fulfils, or that cannot be
+    compiled; vLLM tells both from the engine, as "Internal server error".
+    """
+    try:
+        yield
+    except GenerationError as error:
+        for field in ("structured_outputs", "response_format", "text", "tools"):
+            if getattr(request, field, None):
+                raise VLLMValidationError(
+                    f"{field} must be a form that this model can answer in, "
+                    "got one that ended the answer with an error",
+                    parameter=field,
+                ) from error
+        raise
+
+
 class PrunedChat(OpenAIServingChat):
     """`/v1/chat/completions`."""
+
+    def _get_message_types(self, request: Any) -> set[str]:
+        with blamed_on_the_request("messages"):
+            return super()._get_message_types(request)
 
     async def chat_completion_full_generator(
         self, request: Any, outputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         outputs, images = answered(outputs)
-        response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
+        with blamed_on_the_grammar(request):
+            response = await super().chat_completion_full_generator(
+                request, outputs, *args, **kwargs
+            )
         if isinstance(response, ChatCompletionResponse) and images is not None:
             setattr(response, FIELD, {"images": images})
         return response
@@ -74,35 +98,6 @@ class PrunedChat(OpenAIServingChat):
         return chunks if images is None else _on_first(chunks, images, within=None)
 
 
-class _Lifting(BaseModel):
-    """Mixin for request models that would drop the `hiprune` objects of image parts."""
-
-    hiprune: Any = Field(default=None)
-    _misplaced: PlanError | None = PrivateAttr(None)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def lift(cls, body: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        misplaced = None
-        if isinstance(body, dict):
-            try:
-                body = tag(body)
-            except PlanError as error:
-                misplaced = error
-        request = handler(body)
-        request._misplaced = misplaced
-        return request
-
-    def check(self) -> None:
-        """Raises vLLM's validation error where a `hiprune` object stands in the wrong place."""
-        if self._misplaced is not None:
-            raise refused(self._misplaced)
-
-
-class PrunedResponsesRequest(_Lifting, ResponsesRequest):
-    """A request of `/v1/responses`."""
-
-
 class PrunedResponses(OpenAIServingResponses):
     """`/v1/responses`."""
 
@@ -112,9 +107,10 @@ class PrunedResponses(OpenAIServingResponses):
         images = None
         if not request.stream:  # a stream's own answer gets its report as an event
             outputs, images = answered(outputs)
-        response = await super().responses_full_generator(
-            request, sampling_params, outputs, *args, **kwargs
-        )
+        with blamed_on_the_grammar(request):
+            response = await super().responses_full_generator(
+                request, sampling_params, outputs, *args, **kwargs
+            )
         if isinstance(response, ResponsesResponse) and images is not None:
             setattr(response, FIELD, {"images": images})
         return response
@@ -127,14 +123,6 @@ class PrunedResponses(OpenAIServingResponses):
             request, sampling_params, outputs, *args, **kwargs
         )
         return events if images is None else _on_responses(events, images)
-
-
-class PrunedMessagesRequest(_Lifting, AnthropicMessagesRequest):
-    """A request of `/v1/messages`."""
-
-
-class PrunedCountTokensRequest(_Lifting, AnthropicCountTokensRequest):
-    """A request of `/v1/messages/count_tokens`."""
 
 
 class PrunedMessagesResponse(AnthropicMessagesResponse):

@@ -14,6 +14,7 @@ from fastapi import Depends, FastAPI, Request
 from starlette.datastructures import State
 from vllm.entrypoints.anthropic import api_router as anthropic_api
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion import api_router as chat_api
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses import api_router as responses_api
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -22,19 +23,17 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 import hiprune_server.media  # noqa: F401 - registers the connector for vLLM to find
 from hiprune_server import openapi, playground
 from hiprune_server.banner import banner
-from hiprune_server.chat import (
-    PrunedChat,
-    PrunedCountTokensRequest,
-    PrunedMessages,
-    PrunedMessagesRequest,
-    PrunedResponses,
-    PrunedResponsesRequest,
-    pruned,
-)
+from hiprune_server.chat import PrunedChat, PrunedMessages, PrunedResponses, pruned
 from hiprune_server.config import Config, load
 from hiprune_server.explain import Explainer, explain
-from hiprune_server.guard import Guard
+from hiprune_server.guard import STOPPING, Guard
 from hiprune_server.rendering import PrunedRenderer
+from hiprune_server.requests import (
+    PrunedChatRequest,
+    PrunedCountTokensRequest,
+    PrunedMessagesRequest,
+    PrunedResponsesRequest,
+)
 from hiprune_vllm import __version__
 from hiprune_vllm.plan import (
     FULL,
@@ -80,6 +79,7 @@ class HiPruneEndpointPlugin:
         json_only = [Depends(validate_json_request)]
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
         for path, endpoint in (
+            ("/v1/chat/completions", create_chat_completion),
             ("/v1/responses", create_responses),
             ("/v1/messages", create_messages),
             ("/v1/messages/count_tokens", count_tokens),
@@ -100,6 +100,7 @@ class HiPruneEndpointPlugin:
             async with vllm_lifespan(app) as state:
                 print(banner(app.state.args, _model_name(app.state)), flush=True)
                 stopped = _stop_in_good_order(app)
+                setattr(app.state, STOPPING, stopped)
                 yield state
                 died = app.state.engine_client.errored and not stopped.is_set()
                 HiPruneEndpointPlugin.engine_died = died
@@ -170,6 +171,10 @@ def _stop_in_good_order(app: FastAPI) -> threading.Event:
 def _model_name(state: State) -> str:
     name: str = state.openai_serving_models.base_model_paths[0].name
     return name
+
+
+async def create_chat_completion(request: PrunedChatRequest, raw_request: Request) -> Any:
+    return await chat_api.create_chat_completion(request, raw_request)
 
 
 async def create_responses(request: PrunedResponsesRequest, raw_request: Request) -> Any:

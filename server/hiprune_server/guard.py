@@ -1,4 +1,4 @@
-"""What stands before every route: bodies that are too large, and budgets that nobody would read."""
+"""What stands before every route: a server that stops, large bodies, budgets that nobody reads."""
 
 import json
 from typing import Final
@@ -17,6 +17,8 @@ CARRIES: Final = (
     "/v1/hiprune/explain",
 )
 """Routes that read budgets."""
+STOPPING: Final = "hiprune_stopping"
+"""In the application's state: an event that is set once the server is told to stop."""
 _MARKS: Final = (f'"{FIELD}"'.encode(), b"\\u00")
 """Without one of these a body has no `hiprune` key: the second begins a letter's escape."""
 
@@ -24,6 +26,8 @@ _MARKS: Final = (f'"{FIELD}"'.encode(), b"\\u00")
 class Guard:
     """ASGI middleware that reads a request's body before its route does.
 
+    Once the server is told to stop, what is new is HTTP 503 (`/health` too), so that clients and
+    load balancers go elsewhere while requests under way finish.
     A body above the limit is HTTP 413, and is not read to its end. A `hiprune` field where nothing
     will read it is HTTP 400: nothing that a client asks for is ignored. The body is parsed for that
     only where the word is in it.
@@ -37,6 +41,10 @@ class Guard:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _is_stopping(scope) and scope["path"] != "/metrics":
+            told = "the server is stopping and takes no new requests: send this one to another"
+            await _refuse(503, told, None, send, kind="ServiceUnavailableError")
+            return
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -84,6 +92,11 @@ def find(body: bytes) -> str | None:
     return next(places(found), None)
 
 
+def _is_stopping(scope: Scope) -> bool:
+    stopping = getattr(scope["app"].state, STOPPING, None)
+    return stopping is not None and stopping.is_set()
+
+
 def _header(scope: Scope, name: bytes) -> bytes:
     values: list[bytes] = [value for one, value in scope["headers"] if one == name]
     return values[-1] if values else b""
@@ -99,8 +112,10 @@ def _length(scope: Scope) -> int:
     return int(text) if text.isdigit() else 0
 
 
-async def _refuse(status: int, message: str, field: str | None, send: Send) -> None:
-    error = {"message": message, "type": "BadRequestError", "param": field, "code": status}
+async def _refuse(
+    status: int, message: str, field: str | None, send: Send, *, kind: str = "BadRequestError"
+) -> None:
+    error = {"message": message, "type": kind, "param": field, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [
         (b"content-type", b"application/json"),

@@ -8,7 +8,7 @@ from hiprune_vllm.plan import NO_LIMITS, Encoder, schema
 
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
 WHOLE: Final = (
-    "ChatCompletionRequest",
+    "PrunedChatRequest",
     "PrunedResponsesRequest",
     "PrunedMessagesRequest",
     "PrunedCountTokensRequest",

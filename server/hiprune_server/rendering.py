@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from hiprune_server import metrics
+from hiprune_server.resending import AGAIN
 from hiprune_server.wishes import ImageWish, Presets, Pruning, Wishes, take_image_wishes
 from hiprune_vllm.plan import FIELD, PlanError, PruningPlan
 
@@ -27,6 +28,17 @@ def refused(error: PlanError) -> VLLMValidationError:
     return refusal
 
 
+STUMBLES: Final = (
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    OverflowError,
+    RecursionError,
+)
+"""What vLLM's code raises where a request has not the shape that it takes for granted."""
+
+
 @contextmanager
 def blamed_on_the_request(field: str) -> Iterator[None]:
     """Makes a 400 of what vLLM stumbles over while it reads a request's messages.
@@ -36,7 +48,7 @@ def blamed_on_the_request(field: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, AttributeError, TypeError, AssertionError) as error:
+    except STUMBLES as error:
         raise VLLMValidationError(
             f"{field} must be messages as the API has them, these cannot be read", parameter=field
         ) from error
@@ -92,16 +104,28 @@ class PrunedRenderer(OnlineRenderer):
             wishes, options = self._wishes(request, given or {}, of_images)
         except PlanError as error:
             raise refused(error) from error
+        preprocess = super().preprocess_chat
+
+        async def rendered(**changes: Any) -> Any:
+            try:
+                # The request itself and no copy: vLLM's parsers change it while it is rendered.
+                request.mm_processor_kwargs = options or None
+                return await preprocess(request, plain, *args, **kwargs | changes)
+            finally:
+                request.mm_processor_kwargs = given
+
+        async def again() -> Any:
+            _, (inputs,) = await rendered(skip_mm_cache=True)
+            return inputs
+
         try:
-            # The request itself and no copy: vLLM's parsers change it while it is rendered.
-            request.mm_processor_kwargs = options or None
-            result = await super().preprocess_chat(request, plain, *args, **kwargs)
+            result = await rendered()
         except VLLMValidationError as error:
             if isinstance(error.__cause__, PlanError):  # known only once the pictures are
                 metrics.count_rejected(error.__cause__)
             raise
-        finally:
-            request.mm_processor_kwargs = given
+        for inputs in result[1]:
+            inputs[AGAIN] = again
         reports = [image for inputs in result[1] for image in inputs.get(FIELD, ())]
         images = [
             {key: report[key] for key in ("tokens_full", "tokens_kept", "method")}

@@ -103,6 +103,9 @@ def test_cancelled_streams_free_their_requests(start):
         reader, seen = reading(server)
         root, _ = engines(server)
         root.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 10)
+        new = server.post("/v1/chat/completions", request(server))
+        assert (new.status_code, new.json()["error"]["code"]) == (503, 503)
         assert root.wait(60) == 0
         reader.join(10)
         assert seen[-2:] == ["data: [DONE]", ""]  # drained, not cut off

@@ -187,3 +187,24 @@ def test_other_routes_refuse_a_budget(server):
         answer = server.post(route, {"model": server.model, "prompt": "x", "hiprune": {}})
         assert answer.status_code == 400
         assert "/v1/chat/completions" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_request_does_not_harm_the_next_one_for_its_picture(server, stream):
+    """The front end has noted the picture as sent, but the engine has never seen it."""
+    chat = "/v1/chat/completions"
+    picture = data_url(photo("rocket").resize((100, 100 + stream)))
+    refused = body(server, chat, image(chat, picture), hiprune={"tokens": 9}, top_k=-2)
+    assert server.post(chat, refused).status_code == 400
+    good = body(server, chat, image(chat, picture), hiprune={"tokens": 9}, stream=stream)
+    answer = server.post(chat, good)
+    assert answer.status_code == 200, answer.text
+    assert '"error"' not in answer.text
+    assert '"tokens_kept":9' in answer.text
+
+
+def test_counting_tokens_does_not_harm_the_message_that_is_then_sent(server):
+    picture = image(MESSAGES, data_url(photo("rocket").resize((90, 90))))
+    counted = ask(server, COUNT, picture, hiprune={"tokens": 11})
+    sent = ask(server, MESSAGES, picture, hiprune={"tokens": 11})
+    assert sent["usage"]["input_tokens"] == counted["input_tokens"]

@@ -44,7 +44,9 @@ ALLOWED = {
     ],
     "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/config.py": ["yaml", "hiprune_vllm.plan", "hiprune_vllm.pruning.budget"],
-    "hiprune_server/chat.py": ["vllm", "pydantic", "hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/requests.py": ["vllm", "pydantic", "hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/resending.py": [],
     "hiprune_server/rendering.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/explain.py": [
         "vllm",

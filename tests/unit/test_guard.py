@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import httpx
 import pytest
@@ -10,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from hiprune_server.guard import CARRIES, Guard, find
+from hiprune_server.guard import CARRIES, STOPPING, Guard, find
 
 LIMIT = 200_000
 
@@ -107,3 +108,13 @@ def test_a_body_without_a_length_is_read_no_further_than_the_limit():
 
     assert post("/v1/completions", endless()).status_code == 413
     assert len(sent) <= LIMIT // 10_000 + 2
+
+
+def test_a_server_that_stops_sends_new_requests_elsewhere(monkeypatch):
+    stopping = threading.Event()
+    monkeypatch.setattr(APP.state, STOPPING, stopping, raising=False)
+    assert post("/v1/chat/completions", b"{}").status_code == 200
+    stopping.set()
+    refusal = post("/v1/chat/completions", b"{}")
+    assert refusal.status_code == 503
+    assert refusal.json()["error"]["type"] == "ServiceUnavailableError"

@@ -10,7 +10,7 @@ def test_fields_have_the_ranges_of_the_model_and_doing_it_twice_changes_nothing(
     document = {
         "paths": {"/v1/chat/completions": {"post": {"responses": {"200": {"description": "x"}}}}},
         "components": {
-            "schemas": {"ChatCompletionRequest": {}, "ChatCompletionContentPartImageParam": {}}
+            "schemas": {"PrunedChatRequest": {}, "ChatCompletionContentPartImageParam": {}}
         },
     }
     encoder = Encoder("llava", 23, 9, has_cls=False)
@@ -22,7 +22,7 @@ def test_fields_have_the_ranges_of_the_model_and_doing_it_twice_changes_nothing(
     assert set(plan) == set(KNOBS) - {"alpha"}
     assert set(schemas["HiPruneImagePlan"]["properties"]) == set(plan) - {"total_tokens"}
     for name, kind in (
-        ("ChatCompletionRequest", "HiPrunePlan"),
+        ("PrunedChatRequest", "HiPrunePlan"),
         ("ChatCompletionContentPartImageParam", "HiPruneImagePlan"),
     ):
         found = schemas[name]["properties"]["hiprune"]
