@@ -25,6 +25,8 @@ from hiprune_server.demo.world import scene
 from loadtests.quality.servers import demo_server
 
 EVERY_S = 10
+SMALL_CACHES = ("--mm-processor-cache-gb", "0.25", "--num-gpu-blocks-override", "512")
+"""Memory that is meant to fill up does so within the warm-up: 0.25 GiB each."""
 GROWTH = 0.03
 """Share by which memory may grow from the end of the warm-up to the end."""
 
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path("build/soak"))
     asked = parser.parse_args()
-    with demo_server(asked.folder) as url:
+    with demo_server(asked.folder, *SMALL_CACHES) as url:
         result = soak(url, asked.seconds, asked.concurrency)
     (asked.folder / "soak.json").write_text(json.dumps(result, indent=1))
     print(json.dumps({key: value for key, value in result.items() if key != "memory_mib"}))

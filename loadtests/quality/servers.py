@@ -21,9 +21,9 @@ _START_TIMEOUT_S = 300
 
 
 @contextmanager
-def demo_server(folder: Path) -> Iterator[str]:
+def demo_server(folder: Path, *flags: str) -> Iterator[str]:
     """URL of a demo server of our own, until the block ends."""
-    with _serving(["--demo"], folder / "server.log") as url:
+    with _serving(["--demo", *flags], folder / "server.log") as url:
         yield url
 
 

@@ -21,6 +21,7 @@ _DEMO_FLAGS = {
     "--host": "=127.0.0.1",
     "--max-model-len": "=4096",
     "--dtype": "=float32",  # faster than bfloat16 on CPUs without instructions for that
+    "--mm-processor-cache-gb": "=0.5",  # hundreds of pictures; vLLM's own default is 4
     "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 
