@@ -92,6 +92,7 @@ ALLOWED = {
         "numpy",
         "torch",
         "transformers",
+        "tokenizers",
         "safetensors",
         "matplotlib",
         "PIL",
