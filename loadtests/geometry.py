@@ -47,6 +47,12 @@ CLIP_L_336 = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+CLIP_SMALL = CLIP_L_336 | {  # ViT-S: the same 24 x 24 patches for a thirteenth of the work
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 12,
+}
 NEXT_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 QWEN_VISION = {
     "depth": 32,
@@ -65,6 +71,13 @@ TEXT_SIZES: dict[str, dict[str, int]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
     },
+    "small": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    },
     "1b": {  # TinyLlama's
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -80,7 +93,10 @@ TEXT_SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
     },
 }
-"""Text models: about 18 million, 1.1 and 6.7 thousand million parameters."""
+"""Text models: about 0.02, 0.11, 1.1 and 6.7 thousand million parameters.
+
+With `small` goes a smaller LLaVA tower, too.
+"""
 
 
 def byte_tokenizer(special: Sequence[str], names: dict[str, Any], template: str) -> Any:
@@ -133,7 +149,7 @@ def write_llava(folder: Path, size: str) -> None:
     _save(
         folder,
         hf.LlavaConfig(
-            vision_config=hf.CLIPVisionConfig(**CLIP_L_336),
+            vision_config=hf.CLIPVisionConfig(**(CLIP_SMALL if size == "small" else CLIP_L_336)),
             text_config=hf.LlamaConfig(**_text(size, tokenizer)),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             vision_feature_layer=-2,
@@ -160,7 +176,7 @@ def write_llava_next(folder: Path, size: str) -> None:
     _save(
         folder,
         hf.LlavaNextConfig(
-            vision_config=hf.CLIPVisionConfig(**CLIP_L_336),
+            vision_config=hf.CLIPVisionConfig(**(CLIP_SMALL if size == "small" else CLIP_L_336)),
             text_config=hf.LlamaConfig(**_text(size, tokenizer)),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             image_grid_pinpoints=NEXT_GRIDS,

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ _identities = itertools.count(1)
 
 
 @contextmanager
-def loaded(folder: Path, *, dtype: str, device: str, dummy: bool = True) -> Iterator[Any]:
+def loaded(
+    folder: Path, *, dtype: str, device: str, dummy: bool = True, text_layers: int | None = None
+) -> Iterator[Any]:
     """The plugin's model class of a checkpoint.
 
     Args:
@@ -27,12 +30,14 @@ def loaded(folder: Path, *, dtype: str, device: str, dummy: bool = True) -> Iter
         dtype: such as `float32`.
         device: `cpu` or `cuda`, what vLLM itself runs on here.
         dummy: random weights, spread so that attention differs from token to token.
+        text_layers: of the language model, where its forward is of no interest.
     """
     options = EngineArgs(
         model=str(folder),
         dtype=dtype,
         load_format="dummy" if dummy else "auto",
         enforce_eager=True,
+        hf_overrides=partial(_with_text_layers, text_layers),
         max_model_len=4096,
         disable_log_stats=True,
     )
@@ -46,6 +51,15 @@ def loaded(folder: Path, *, dtype: str, device: str, dummy: bool = True) -> Iter
         if dummy:
             spread(model)
         yield model
+
+
+def _with_text_layers(layers: int | None, config: Any) -> Any:
+    text = getattr(config, "text_config", None)
+    if layers is not None and text is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    return config
 
 
 def spread(model: torch.nn.Module, seed: int = 0) -> None:

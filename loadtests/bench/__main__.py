@@ -1,0 +1,63 @@
+"""Benchmarks of the engine side, each in a process of its own, side by side with vLLM alone."""
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from loadtests.bench import report
+from loadtests.bench.measure import Run, machine
+
+BENCHMARKS = {
+    "a": ("encoders", "clip"),
+    "b": ("encoders", "qwen"),
+    "c": ("prefill", "floor"),
+    "d": ("serving", "throughput"),
+    "e": ("prefill", "table6"),
+    "f": ("serving", "overhead"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description=__doc__)
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="such as a,b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument(
+        "--long", action="store_true", help="also the sizes that take a CPU hours; with --device "
+        "cuda always",
+    )  # fmt: skip
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    asked = parser.parse_args()
+    names = asked.only.split(",")
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"--only must be of {','.join(BENCHMARKS)}, got {','.join(sorted(unknown))}")
+    cuda = asked.device == "cuda"
+    dtype = asked.dtype or ("bfloat16" if cuda else "float32")
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    how = Run(asked.folder, dtype, asked.device, asked.rounds, asked.long or cuda)
+    for name in names:
+        began = time.monotonic()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_run, name, how).result()
+        print(f"{name}: {time.monotonic() - began:.0f} s")
+    print((asked.folder / "bench.md").read_text())
+
+
+def _run(name: str, how: Run) -> None:
+    module, function = BENCHMARKS[name]
+    benchmark: Callable[..., list[dict[str, Any]]] = getattr(
+        import_module(f"loadtests.bench.{module}"), function
+    )
+    report.merge(how.folder, benchmark(how), machine(how.device) | {"dtype": how.dtype})
+
+
+if __name__ == "__main__":
+    main()
