@@ -252,6 +252,23 @@ def write(name: str, folder: Path) -> Path:
     return folder
 
 
+def prefill_flops(size: str, tokens: int) -> float:
+    """Counted, not measured: multiplications and additions of one prefill.
+
+    Matrix products of all layers for every token, causal attention (half of tokens x tokens), and
+    the vocabulary once.
+    """
+    text = TEXT_SIZES[size]
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    kv = width * text["num_key_value_heads"] // text["num_attention_heads"]
+    weights = width * (2 * width + 2 * kv) + 3 * width * text["intermediate_size"]
+    return (
+        2.0 * layers * weights * tokens
+        + 2.0 * layers * width * tokens * tokens
+        + 2.0 * width * VOCABULARY
+    )
+
+
 def _save(folder: Path, config: Any, architecture: str, processor: Any) -> None:
     config.architectures = [architecture]
     config.dtype = "bfloat16"

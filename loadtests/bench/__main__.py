@@ -4,23 +4,11 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from loadtests.bench import report
-from loadtests.bench.measure import Run, machine
-
-BENCHMARKS = {
-    "a": ("encoders", "clip"),
-    "b": ("encoders", "qwen"),
-    "c": ("prefill", "floor"),
-    "d": ("serving", "throughput"),
-    "e": ("prefill", "table6"),
-    "f": ("serving", "overhead"),
-}
+from loadtests.bench.measure import Run
+from loadtests.bench.suite import BENCHMARKS, measure
 
 
 def main() -> None:
@@ -46,17 +34,9 @@ def main() -> None:
     for name in names:
         began = time.monotonic()
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_run, name, how).result()
+            pool.submit(measure, name, how).result()
         print(f"{name}: {time.monotonic() - began:.0f} s")
     print((asked.folder / "bench.md").read_text())
-
-
-def _run(name: str, how: Run) -> None:
-    module, function = BENCHMARKS[name]
-    benchmark: Callable[..., list[dict[str, Any]]] = getattr(
-        import_module(f"loadtests.bench.{module}"), function
-    )
-    report.merge(how.folder, benchmark(how), machine(how.device) | {"dtype": how.dtype})
 
 
 if __name__ == "__main__":

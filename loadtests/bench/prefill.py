@@ -92,29 +92,12 @@ def table6(run: Run) -> list[dict[str, Any]]:
             "seconds": spread(times[str(keep)]),
             "ratio": ratio(times["2880"], times[str(keep)]),
             "tflops": {
-                text: [flops(text, n + TEXT_TOKENS) / 1e12 for n in (2880, keep)]
+                text: [geometry.prefill_flops(text, n + TEXT_TOKENS) / 1e12 for n in (2880, keep)]
                 for text in {size, "7b"}
             },
         }
         for keep in budgets[1:]
     ]
-
-
-def flops(size: str, tokens: int) -> float:
-    """Counted, not measured: multiplications and additions of one prefill.
-
-    Matrix products of all layers for every token, causal attention (half of tokens x tokens), and
-    the vocabulary once.
-    """
-    text = geometry.TEXT_SIZES[size]
-    width, layers = text["hidden_size"], text["num_hidden_layers"]
-    kv = width * text["num_key_value_heads"] // text["num_attention_heads"]
-    weights = width * (2 * width + 2 * kv) + 3 * width * text["intermediate_size"]
-    return (
-        2.0 * layers * weights * tokens
-        + 2.0 * layers * width * tokens * tokens
-        + 2.0 * width * geometry.VOCABULARY
-    )
 
 
 def picture(seed: int) -> Image.Image:

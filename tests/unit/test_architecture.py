@@ -16,7 +16,8 @@ ALLOWED = {
     "hiprune_vllm/__init__.py": ["hiprune_vllm.engine"],
     "hiprune_vllm/plan.py": ["hiprune_vllm.pruning.budget"],
     "hiprune_vllm/tuning.py": [],
-    "hiprune_vllm/pruning": ["torch", "hiprune_vllm.pruning"],
+    "hiprune_vllm/pruning/kernel.py": ["torch", "triton"],
+    "hiprune_vllm/pruning": ["torch", "hiprune_vllm.pruning", "hiprune_vllm.tuning"],
     "hiprune_vllm/models": [
         "torch",
         "transformers",
@@ -92,6 +93,7 @@ ALLOWED = {
         "torch",
         "vllm",
         "numpy",
+        "PIL",
         "httpx",
         "psutil",
         "hiprune_vllm",

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.clock import SELECTION
 from hiprune_vllm.pruning.scores import attention_received
+from hiprune_vllm.tuning import chosen
 
 
 class EncoderAttention(Protocol):
@@ -146,9 +147,14 @@ class ScoreRecorder:
     def _received(
         self, module: EncoderAttention, query: torch.Tensor, key: torch.Tensor, item: Wanted
     ) -> torch.Tensor:
-        received = attention_received(
-            query, key, module.scale, from_first_only=item.score == "cls"
-        )[:, self._leading :]
+        score: Callable[..., torch.Tensor] = attention_received
+        if query.device.type == "cuda" and chosen("PRUNING_SCORE_KERNEL") == "triton":
+            from hiprune_vllm.pruning import kernel  # noqa: PLC0415  (no Triton without a GPU)
+
+            score = kernel.attention_received
+        received = score(query, key, module.scale, from_first_only=item.score == "cls")[
+            :, self._leading :
+        ]
         if self._sum_over_ranks is not None:
             received = self._sum_over_ranks(received)
         return received / self._heads
