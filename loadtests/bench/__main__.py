@@ -21,6 +21,11 @@ def main() -> None:
         "--long", action="store_true", help="also the sizes that take a CPU hours; with --device "
         "cuda always",
     )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a without its batch of 8")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: computing time on one "
+        "thread, for a machine that is not idle (a, b, c, e)",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     asked = parser.parse_args()
     names = asked.only.split(",")
@@ -30,7 +35,17 @@ def main() -> None:
     dtype = asked.dtype or ("bfloat16" if cuda else "float32")
     asked.folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    how = Run(asked.folder, dtype, asked.device, asked.rounds, asked.long or cuda)
+    if asked.clock == "cpu":
+        os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    how = Run(
+        asked.folder,
+        dtype,
+        asked.device,
+        asked.rounds,
+        asked.long or cuda,
+        asked.quick,
+        asked.clock,
+    )
     for name in names:
         began = time.monotonic()
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

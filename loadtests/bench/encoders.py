@@ -14,7 +14,7 @@ import torch
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.scores import attention_received
 from loadtests import geometry
-from loadtests.bench.measure import Run, in_turn, progress, ratio, seconds, spread
+from loadtests.bench.measure import Run, in_turn, progress, ratio, spread
 from loadtests.bench.models import embed, loaded
 
 BUDGETS = (192, 128, 64)
@@ -27,16 +27,16 @@ def clip(run: Run) -> list[dict[str, Any]]:
     checkpoint = geometry.write("llava-7b", run.folder / "llava-7b")
     rows = []
     with loaded(checkpoint, dtype=run.dtype, device=run.device, text_layers=1) as model:
-        for batch in (1, 8):
+        for batch in (1,) if run.quick else (1, 8):
             pixels = torch.randn(batch, 3, 336, 336, device=run.device)
             work: dict[str, Callable[[], float]] = {
-                "vllm": _timed(run.device, "kept", model, None, pixel_values=pixels)
+                "vllm": _timed(run, "kept", model, None, pixel_values=pixels)
             }
             for keep in BUDGETS:
                 plans = [_plan(576, keep, 9)] * batch
-                work[str(keep)] = _timed(run.device, "kept", model, plans, pixel_values=pixels)
+                work[str(keep)] = _timed(run, "kept", model, plans, pixel_values=pixels)
             plans = [_plan(576, BUDGETS[0], 9)] * batch
-            work[WHOLE] = _timed(run.device, "whole", model, plans, pixel_values=pixels)
+            work[WHOLE] = _timed(run, "whole", model, plans, pixel_values=pixels)
             times = in_turn(
                 work,
                 run.rounds if batch == 1 else max(2, run.rounds // 2),
@@ -61,7 +61,7 @@ def clip(run: Run) -> list[dict[str, Any]]:
 def qwen(run: Run) -> list[dict[str, Any]]:
     """Qwen2.5-VL's tower, 32 blocks of width 1280, at ratio 1/3; peak memory of one scoring."""
     checkpoint = geometry.write("qwen-1b", run.folder / "qwen-1b")
-    rows = [_memory(16384, run.device)]
+    rows = [_memory(16384, run)]
     with loaded(checkpoint, dtype=run.dtype, device=run.device, text_layers=1) as model:
         for side in (32, 64, 128) if run.long else (32,):
             patches = side * side
@@ -74,9 +74,9 @@ def qwen(run: Run) -> list[dict[str, Any]]:
             plan = [_plan(patches // 4, round(patches / 4 / 3), 16)]
             times = in_turn(
                 {
-                    "vllm": _timed(run.device, "kept", model, None, **inputs),
-                    "1/3": _timed(run.device, "kept", model, plan, **inputs),
-                    WHOLE: _timed(run.device, "whole", model, plan, **inputs),
+                    "vllm": _timed(run, "kept", model, None, **inputs),
+                    "1/3": _timed(run, "kept", model, plan, **inputs),
+                    WHOLE: _timed(run, "whole", model, plan, **inputs),
                 },
                 max(1, run.rounds * 1024 // patches),
                 warm_up=int(patches == 1024),
@@ -104,22 +104,22 @@ def _plan(full: int, keep: int, layer: int) -> ImageBudget:
 
 
 def _timed(
-    device: str, last_block: str, model: Any, plans: list[ImageBudget] | None, **inputs: Any
+    run: Run, last_block: str, model: Any, plans: list[ImageBudget] | None, **inputs: Any
 ) -> Callable[[], float]:
     def work() -> float:
         os.environ["PRUNING_LAST_BLOCK"] = last_block
-        return seconds(partial(embed, model, plans, **inputs), device)
+        return run.seconds(partial(embed, model, plans, **inputs))
 
     return work
 
 
-def _memory(patches: int, device: str) -> dict[str, Any]:
+def _memory(patches: int, run: Run) -> dict[str, Any]:
     """Memory that the scores of one layer need on top of Q and K, at their highest."""
     heads, width = 16, 80
-    query, key = (torch.randn(1, patches, heads, width, device=device) for _ in range(2))
+    query, key = (torch.randn(1, patches, heads, width, device=run.device) for _ in range(2))
     attention_received(query[:, :64], key[:, :64], width**-0.5)
-    with _peak(device) as peak:
-        took = seconds(lambda: attention_received(query, key, width**-0.5), device)
+    with _peak(run.device) as peak:
+        took = run.seconds(lambda: attention_received(query, key, width**-0.5))
     progress(f"b: scores of {patches} patches: {peak[0] / MIB:.1f} MiB in {took:.1f} s")
     return {
         "benchmark": "b",

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -24,6 +25,9 @@ class Run:
         device: `cpu` or `cuda`.
         rounds: how often each way is measured, where a round takes seconds.
         long: also sizes that take a CPU hours.
+        quick: without what takes minutes (a's batch of 8).
+        clock: `wall`, or `cpu`: what this process computes, on one thread. For a machine that
+            others use, too; servers are always measured by the wall clock.
     """
 
     folder: Path
@@ -31,22 +35,31 @@ class Run:
     device: str
     rounds: int
     long: bool
+    quick: bool = False
+    clock: str = "wall"
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Time of `work`, on an accelerator until it has done it."""
+        now = time.process_time if self.clock == "cpu" else time.perf_counter
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        began = now()
+        work()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return now() - began
+
+    def largest(self, *sizes: tuple[str, float]) -> str:
+        """The first of these text models whose GiB of memory are free, or the last."""
+        if self.device == "cuda":
+            return sizes[0][0]
+        free = psutil.virtual_memory().available / 2**30
+        return next((size for size, gib in sizes if gib < free), sizes[-1][0])
 
 
 def progress(text: str) -> None:
     """What is going on, at once, also through a pipe."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Wall-clock time of `work`, on an accelerator until it has done it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def in_turn(

@@ -1,8 +1,8 @@
 """c and e: time to first token and the language model's prefill, in an engine of this process."""
 
 import os
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from loadtests import geometry
-from loadtests.bench.measure import Run, in_turn, ratio, seconds, spread
+from loadtests.bench.measure import Run, in_turn, ratio, spread
 from loadtests.bench.models import spread as spread_weights
 
 PROMPT = "<s>USER: <image>\nWhat is in this picture?\nASSISTANT: "
@@ -21,7 +21,8 @@ TEXT_TOKENS = 48
 
 def floor(run: Run) -> list[dict[str, Any]]:
     """c: a pruned request against its parts without pruning: encoder, then a prompt as short."""
-    llm = _engine(run.folder, "llava-1b", run.dtype)
+    size = run.largest(("1b", 12), ("small", 0))
+    llm = _engine(run.folder, f"llava-{size}", run.dtype)
     model = _model(llm)
     numbers = iter(range(1, 10**6))
 
@@ -31,16 +32,16 @@ def floor(run: Run) -> list[dict[str, Any]]:
             "mm_processor_kwargs": {"hiprune": {"tokens": keep}},
         }
         return lambda: _first_token(
-            llm, request | {"multi_modal_data": {"image": picture(next(numbers))}}
+            run, llm, request | {"multi_modal_data": {"image": picture(next(numbers))}}
         )
 
     def parts(keep: int) -> Callable[[], float]:
         def measure() -> float:
             pixels = torch.randn(1, 3, 336, 336, device=run.device)
             with torch.inference_mode():
-                encoder = seconds(lambda: model.embed_multimodal(pixel_values=pixels), run.device)
+                encoder = run.seconds(lambda: model.embed_multimodal(pixel_values=pixels))
             length = len(llm.get_tokenizer()(PROMPT, add_special_tokens=False)["input_ids"])
-            return encoder + _first_token(llm, _ids(length - 1 + keep, next(numbers)))
+            return encoder + _first_token(run, llm, _ids(length - 1 + keep, next(numbers)))
 
         return measure
 
@@ -55,7 +56,8 @@ def floor(run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "benchmark": "c",
-                "what": f"time to first token at {keep} of 576 over encoder + prefill of as many",
+                "what": f"time to first token at {keep} of 576 over encoder + prefill of as many, "
+                f"llava-{size}",
                 "target": "<= 1.02",
                 "base_seconds": spread(times["floor"]),
                 "seconds": spread(times["pruned"]),
@@ -67,17 +69,16 @@ def floor(run: Run) -> list[dict[str, Any]]:
 
 def table6(run: Run) -> list[dict[str, Any]]:
     """e: prefill of a language model over LLaVA-NeXT's visual tokens and a short text."""
-    size = "7b" if run.device == "cuda" or run.long else "1b"
+    size = run.largest(("7b", 34), ("1b", 12), ("small", 0))
     llm = _engine(run.folder, f"llava-next-{size}", run.dtype)
     numbers = iter(range(1, 10**6))
     budgets = (2880, 640, 320, 160)
+
+    def prefill(keep: int) -> float:
+        return _first_token(run, llm, _ids(keep + TEXT_TOKENS, next(numbers)))
+
     times = in_turn(
-        {
-            str(keep): lambda keep=keep: _first_token(  # type: ignore[misc]
-                llm, _ids(keep + TEXT_TOKENS, next(numbers))
-            )
-            for keep in budgets
-        },
+        {str(keep): partial(prefill, keep) for keep in budgets},
         max(1, run.rounds // 2),
         warm_up=0,
         name="e",
@@ -93,7 +94,7 @@ def table6(run: Run) -> list[dict[str, Any]]:
             "ratio": ratio(times["2880"], times[str(keep)]),
             "tflops": {
                 text: [geometry.prefill_flops(text, n + TEXT_TOKENS) / 1e12 for n in (2880, keep)]
-                for text in {size, "7b"}
+                for text in sorted({size, "7b"})
             },
         }
         for keep in budgets[1:]
@@ -135,10 +136,8 @@ def _model(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.get_model()
 
 
-def _first_token(llm: Any, request: dict[str, Any]) -> float:
+def _first_token(run: Run, llm: Any, request: dict[str, Any]) -> float:
     from vllm import SamplingParams  # noqa: PLC0415
 
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    began = time.perf_counter()
-    llm.generate([request], sampling, use_tqdm=False)
-    return time.perf_counter() - began
+    return run.seconds(lambda: llm.generate([request], sampling, use_tqdm=False))

@@ -40,7 +40,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         names = sorted({row["benchmark"] for row in rows if row["machine"] == machine})
         lines.append(
             f"\n{', '.join(names)}: {machine['device']}, {machine['cores']} cores of "
-            f"{machine['cpu']}, {machine['dtype']}, {versions}, {machine['date']}, "
+            f"{machine['cpu']}, {machine['dtype']}, {machine['clock']} time, "
+            f"{versions}, {machine['date']}, "
             f"commit {machine['commit']}"
         )
     return "\n".join(lines) + "\n"

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from loadtests.bench import report
 from loadtests.bench.measure import Run, machine
 
@@ -19,8 +21,12 @@ BENCHMARKS = {
 
 def measure(name: str, how: Run) -> None:
     """Runs one benchmark and adds what it found to the report."""
+    if how.clock == "cpu":
+        torch.set_num_threads(1)
     module, function = BENCHMARKS[name]
     benchmark: Callable[..., list[dict[str, Any]]] = getattr(
         import_module(f"loadtests.bench.{module}"), function
     )
-    report.merge(how.folder, benchmark(how), machine(how.device) | {"dtype": how.dtype})
+    rows = benchmark(how)
+    clock = "wall" if module == "serving" else how.clock
+    report.merge(how.folder, rows, machine(how.device) | {"dtype": how.dtype, "clock": clock})
