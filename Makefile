@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick lmms-env soak fuzz demo-model contract lint \
+.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick bench bench-gpu lmms-env soak fuzz demo-model contract lint \
 	lock wheel clean
 
 help: ## this list
@@ -55,6 +55,12 @@ fuzz: venv ## thousands of odd requests beside well-behaved clients (minutes)
 
 soak: venv ## 10 minutes of load at concurrency 16: memory has to stay flat (build/soak/soak.json)
 	$(BIN)/python -m loadtests.soak $(ARGS)
+
+bench: venv ## benchmarks of the engine side (build/bench/bench.md; ARGS="--only a,b", ARGS=--long)
+	$(BIN)/python -m loadtests.bench $(ARGS)
+
+bench-gpu: ## the same on a GPU host, at larger sizes, in the environment of PYTHON
+	$(PYTHON) -m loadtests.bench --device cuda $(ARGS)
 
 # PyTorch and all: the same releases as the engine's where both need one, so that little is fetched.
 lmms-env: venv ## set up lmms-eval's own environment (LMMS_VENV; see loadtests/quality/README.md)

@@ -3,8 +3,11 @@
 Names, signatures and call conventions of the installed vLLM; no engine is started.
 """
 
+import ast
+import hashlib
 import inspect
 import re
+import textwrap
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
@@ -107,6 +110,40 @@ def test_towers_call_their_attention_as_a_module(module):
     assert "self.self_attn = " in inspect.getsource(layer)
     encoder = module.CLIPEncoder if module is clip else module.SiglipEncoder
     assert "self.layers = nn.ModuleList(" in inspect.getsource(encoder)
+
+
+BLOCKS = {
+    clip.CLIPEncoderLayer: "5c51e80a3949f785",
+    clip.CLIPAttention: "1d8c8fa46c84c580",
+    siglip.SiglipEncoderLayer: "528ea75a92f1bf0d",
+    siglip.SiglipAttention: "d03b76e5a2fd81ec",
+    qwen2_5_vl.Qwen2_5_VisionBlock: "d1425af1101d6c95",
+    qwen2_5_vl.Qwen2_5_VisionAttention: "f7965cef1261aabe",
+}
+"""What `models.last_block` runs twice -> a digest of its forward, docstrings and comments aside."""
+
+
+@pytest.mark.parametrize("module", BLOCKS, ids=lambda module: module.__name__)
+def test_the_output_block_still_does_what_it_did_when_it_was_run_for_kept_tokens_only(module):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(module.forward)))
+    (function,) = tree.body
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    found = hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:16]
+    assert found == BLOCKS[module], (
+        f"{module.__name__}.forward has changed: read it, and see that every token still depends "
+        "on the others through K and V alone, that Q, K and V come from one linear layer and go "
+        "to self.attn, and that a residual is added to as many rows as came in; then note the new "
+        "digest. Until then serve with PRUNING_LAST_BLOCK=whole."
+    )
+
+
+def test_pytorchs_attention_takes_fewer_queries_than_keys():
+    source = inspect.getsource(MMEncoderAttention._forward_sdpa)
+    assert "q_len = query.size()[:2]" in source
+    assert "kv_len = key.size(1)" in source
+    assert "self.view_qkv_to_4d(query, key, value, bsz, q_len, kv_len)" in source
+    assert "self.attn_backend = " in inspect.getsource(MMEncoderAttention.__init__)
 
 
 PROCESSOR_HOOKS = {

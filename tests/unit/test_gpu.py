@@ -56,3 +56,14 @@ def test_scores_agree_with_the_cpus():
     expected = attention_received(query, key, 0.125)
     got = attention_received(query.cuda(), key.cuda(), 0.125).cpu()
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_triton_kernels_agree_with_the_plain_scores(dtype):
+    from hiprune_vllm.pruning import kernel
+
+    query, key = torch.randn(2, 2, 577, 16, 80, device="cuda").to(dtype)
+    expected = attention_received(query, key, 0.125)
+    torch.testing.assert_close(
+        kernel.attention_received(query, key, 0.125), expected, rtol=1e-3, atol=1e-2
+    )

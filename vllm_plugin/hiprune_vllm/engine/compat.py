@@ -4,6 +4,8 @@ from typing import Any, Final
 
 from vllm.config import MultiModalConfig
 
+from hiprune_vllm import tuning
+
 OLDEST: Final = (0, 32)
 BELOW: Final = (0, 33)
 
@@ -33,6 +35,7 @@ def check_engine(vllm_config: Any) -> None:
     Raises:
         ValueError: naming the option and what to do instead.
     """
+    tuning.check()
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal.mm_encoder_tp_mode != "weights":
         raise ValueError(

@@ -16,9 +16,12 @@ from hiprune_vllm.models.base import (
     choose,
     shown,
 )
+from hiprune_vllm.models.last_block import Kept, kept_only
 from hiprune_vllm.plan import Encoder, TokenCount
+from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.positions import encode_positions, no_positions
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
+from hiprune_vllm.tuning import chosen
 
 Grid = tuple[int, int, int]
 
@@ -94,46 +97,50 @@ class Qwen25VLAdapter:
         kept_tokens = sum(image.budget.keep for image in images)
         metadata["reverse_indices"] = torch.arange(kept_tokens, device=places.device)
         unit, size = visual.spatial_merge_unit, visual.spatial_merge_size
+        spans = _spans([image.budget.full for image in images])
         kept: list[torch.Tensor] = []
 
+        def select(device: torch.device) -> list[torch.Tensor]:
+            """Kept tokens of every image, as places in its own window order."""
+            of_images = [places[start:stop] - start for start, stop in spans]
+            of_tokens = {
+                (layer, score, image): values.view(-1, unit).mean(dim=1)[of_images[image]]
+                for (layer, score, image), values in scores.items()
+            }
+            kept.extend(self._chosen(encoder, images, grids, size, of_tokens, device))
+            return [here[index] for here, index in zip(of_images, kept, strict=True)]
+
+        def choose_patches() -> list[Kept]:
+            of_unit = torch.arange(unit, device=pixels.device)
+            return [
+                Kept(start * unit, stop * unit, (rows[:, None] * unit + of_unit).flatten())
+                for (start, stop), rows in zip(spans, select(pixels.device), strict=True)
+            ]
+
         def keep_only(hidden: torch.Tensor) -> torch.Tensor:
-            rows = []
-            for i, (start, stop) in enumerate(_spans([image.budget.full for image in images])):
-                here = places[start:stop] - start
-                of_tokens = {
-                    (layer, score, i): values.view(-1, unit).mean(dim=1)[here]
-                    for (layer, score, image), values in scores.items()
-                    if image == i
-                }
-                index = images[i].known[0] if images[i].known else None  # type: ignore[index]
-                if index is None:
-                    index = choose(
-                        {i: new[i]},
-                        of_tokens,
-                        output_layer=encoder.output_layer,
-                        count=stop - start,
-                        columns=grids[i][2] // size,
-                        device=hidden.device,
-                    )[i]
-                if (trace := images[i].trace) is not None:
-                    at_object, at_output = (
-                        of_tokens[layer, trace.score, i]
-                        for layer in (trace.layer, encoder.output_layer)
-                    )
-                    columns = grids[i][2] // size
-                    trace.parts.append(
-                        TracedPart(0, images[i].budget, columns, None, at_object, at_output, index)
-                    )
-                kept.append(index)
-                rows.append(places[start:stop][index])
-            tokens = hidden.view(-1, unit, hidden.shape[-1])[torch.cat(rows)]
+            selected = zip(spans, select(hidden.device), strict=True)
+            rows = torch.cat([start + rows for (start, _), rows in selected])
+            tokens = hidden.view(-1, unit, hidden.shape[-1])[rows]
             return tokens.reshape(-1, *hidden.shape[1:])
 
-        with (
-            recorder.recording(wanted_scores(new, encoder.output_layer, traced)) as scores,
+        block = visual.blocks[-1]
+        if chosen("PRUNING_LAST_BLOCK") == "kept":
+            whole = len(visual.blocks) - 1 in visual.fullatt_block_indexes
+            shortened = kept_only(
+                block,
+                block.attn.qkv,
+                block.attn.attn,
+                choose_patches,
+                within_images=whole and all(t == 1 for t, _, _ in grids),
+                # Q and K were turned in the first call.
+                rotary_pos_emb_cos=None,
+                rotary_pos_emb_sin=None,
+            )
+        else:
             # Its first layer: the merger itself may be called past its hooks (compile wrapper).
-            _before(visual.merger.ln_q, keep_only),
-        ):
+            shortened = _before(visual.merger.ln_q, keep_only)
+        wanted = wanted_scores(new, encoder.output_layer, traced)
+        with recorder.recording(wanted) as scores, shortened:
             merged = visual(pixels, grid_thw=grids, encoder_metadata=metadata)
         encoded = []
         parts = merged.split([image.budget.keep for image in images])
@@ -144,6 +151,44 @@ class Qwen25VLAdapter:
             positions = encode_positions(index, grid[2] // size, part.dtype)
             encoded.append(Encoded(torch.cat([part, positions], dim=1), (index,)))
         return encoded
+
+    def _chosen(
+        self,
+        encoder: Encoder,
+        images: Sequence[Image],
+        grids: Sequence[Grid],
+        merge: int,
+        scores: Mapping[tuple[int, str, int], torch.Tensor],
+        device: torch.device,
+    ) -> list[torch.Tensor]:
+        """Kept indices of every image, known or chosen; images of one size are chosen together."""
+        groups: dict[Grid, dict[int, ImageBudget]] = {}
+        for i, (image, grid) in enumerate(zip(images, grids, strict=True)):
+            if image.known is None:
+                groups.setdefault(grid, {})[i] = image.budget
+        found: dict[int, torch.Tensor] = {}
+        for grid, budgets in groups.items():
+            found |= choose(
+                budgets,
+                scores,
+                output_layer=encoder.output_layer,
+                count=next(iter(budgets.values())).full,
+                columns=grid[2] // merge,
+                device=device,
+            )
+        indices = []
+        for i, image in enumerate(images):
+            index = image.known[0] if image.known else found[i]
+            indices.append(index)
+            if (trace := image.trace) is not None:
+                at_object, at_output = (
+                    scores[layer, trace.score, i] for layer in (trace.layer, encoder.output_layer)
+                )
+                columns = grids[i][2] // merge
+                trace.parts.append(
+                    TracedPart(0, image.budget, columns, None, at_object, at_output, index)
+                )
+        return indices
 
     def views(
         self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour

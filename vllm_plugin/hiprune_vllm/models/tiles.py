@@ -1,7 +1,9 @@
 """CLIP and SigLIP towers of the LLaVA families: square tiles of one size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from hiprune_vllm.models.base import (
     UnsupportedCheckpoint,
     choose,
 )
+from hiprune_vllm.models.last_block import Kept, kept_only
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
 from hiprune_vllm.pruning.select import Region
+from hiprune_vllm.tuning import chosen
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 """Supported `vision_config.model_type` -> whether it has a CLS token."""
@@ -109,45 +113,93 @@ def encode_tiles(
         Kept features, (keep, tower width) a tile, and their indices in the tile, (keep,) a tile.
     """
     columns = tile_columns(model.config)
-    transformer = model.vision_tower.vision_model
+    leading = int(encoder.has_cls)
+    blocks = model.vision_tower.vision_model.encoder.layers
     recorder = ScoreRecorder(
-        [block.self_attn.attn for block in transformer.encoder.layers],
+        [block.self_attn.attn for block in blocks],
         heads=model.config.vision_config.num_attention_heads,
-        leading_tokens=int(encoder.has_cls),
+        leading_tokens=leading,
         sum_over_ranks=sum_over_ranks,
     )
+    short = chosen("PRUNING_LAST_BLOCK") == "kept" and len(blocks) == encoder.output_layer
     step = max(1, max_tokens // columns**2)
     kept: list[torch.Tensor] = []
     indices: list[torch.Tensor] = []
     for first in range(0, len(tiles), step):
         some = tiles[first : first + step]
         new = {i: tile.budget for i, tile in enumerate(some) if tile.known is None}
-        traces = {i: tile.trace for i, tile in enumerate(some) if tile.trace is not None}
-        traced = {i: (trace.layer, trace.score) for i, trace in traces.items()}
+        traced = {
+            i: (tile.trace.layer, tile.trace.score)
+            for i, tile in enumerate(some)
+            if tile.trace is not None
+        }
+        pixels = torch.stack([tile.pixels for tile in some])
+        of_tiles: list[torch.Tensor] = []
         with recorder.recording(wanted_scores(new, encoder.output_layer, traced)) as scores:
-            features = model._image_pixels_to_features(
-                model.vision_tower, torch.stack([tile.pixels for tile in some])
+            select = partial(
+                _selected, some, new, scores, encoder, columns, pixels.device, of_tiles
             )
-        chosen = choose(
-            new,
-            scores,
-            output_layer=encoder.output_layer,
-            count=features.shape[1],
-            columns=columns,
-            device=features.device,
-            regions={i: some[i].region for i in new},
-        )
-        of_tiles = [chosen[i] if tile.known is None else tile.known for i, tile in enumerate(some)]
-        for i, trace in traces.items():
-            at_object, at_output = (
-                scores[layer, trace.score, i] for layer in (trace.layer, encoder.output_layer)
-            )
-            trace.parts.append(
-                TracedPart(
-                    some[i].number, some[i].budget, columns, some[i].region,
-                    at_object, at_output, of_tiles[i],
-                )
-            )  # fmt: skip
-        kept += [tile[index] for tile, index in zip(features, of_tiles, strict=True)]
+            with _kept_only(blocks[-1], select, columns**2, leading) if short else nullcontext():
+                features = model._image_pixels_to_features(model.vision_tower, pixels)
+        if short:
+            kept += features[0].split([len(index) for index in of_tiles])
+        else:
+            kept += [tile[index] for tile, index in zip(features, select(), strict=True)]
         indices += of_tiles
     return kept, indices
+
+
+def _kept_only(
+    block: Any, select: Callable[[], Sequence[torch.Tensor]], count: int, leading: int
+) -> AbstractContextManager[None]:
+    """The tower's last block for the selected tokens of all tiles."""
+
+    def choose() -> list[Kept]:
+        tokens = leading + count
+        return [
+            Kept(i * tokens, (i + 1) * tokens, leading + index) for i, index in enumerate(select())
+        ]
+
+    attention = block.self_attn
+    return kept_only(
+        block,
+        attention.qkv_proj,
+        attention.attn,
+        choose,
+        spare_rows=leading,  # vLLM takes the CLS token off the features
+        within_images=True,
+    )
+
+
+def _selected(
+    tiles: Sequence[Tile],
+    new: Mapping[int, ImageBudget],
+    scores: Mapping[tuple[int, str, int], torch.Tensor],
+    encoder: Encoder,
+    columns: int,
+    device: torch.device,
+    indices: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Fills in kept `indices` of every tile, known or chosen, and returns them."""
+    found = choose(
+        new,
+        scores,
+        output_layer=encoder.output_layer,
+        count=columns**2,
+        columns=columns,
+        device=device,
+        regions={i: tiles[i].region for i in new},
+    )
+    for i, tile in enumerate(tiles):
+        index = found[i] if tile.known is None else tile.known
+        indices.append(index)
+        if tile.trace is not None:
+            at_object, at_output = (
+                scores[layer, tile.trace.score, i]
+                for layer in (tile.trace.layer, encoder.output_layer)
+            )
+            part = TracedPart(
+                tile.number, tile.budget, columns, tile.region, at_object, at_output, index
+            )
+            tile.trace.parts.append(part)
+    return indices

@@ -11,10 +11,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.clock import SELECTION
 from hiprune_vllm.pruning.scores import attention_received
+from hiprune_vllm.tuning import chosen
 
 
 class EncoderAttention(Protocol):
@@ -96,24 +98,27 @@ class ScoreRecorder:
     def recording(
         self, wanted: Sequence[Wanted]
     ) -> Iterator[dict[tuple[int, str, int], torch.Tensor]]:
-        """While inside, fills the yielded dict: (layer, score, batch row) -> (N,) fp32 scores."""
+        """While inside, fills the yielded dict: (layer, score, batch row) -> (N,) fp32 scores.
+
+        Each layer is recorded the first time it runs.
+        """
         scores: dict[tuple[int, str, int], torch.Tensor] = {}
         handles = []
         try:
             for item in wanted:
                 module = self._layers[item.layer - 1]
-                handles.append(
-                    module.register_forward_pre_hook(self._hook(item, scores), with_kwargs=True)
-                )
+                handles.append(self._listen(module, item, scores))
             yield scores
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(
-        self, item: Wanted, scores: dict[tuple[int, str, int], torch.Tensor]
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _listen(
+        self, module: nn.Module, item: Wanted, scores: dict[tuple[int, str, int], torch.Tensor]
+    ) -> RemovableHandle:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # A layer is seen once: the output block runs its second part with nothing to score.
+            handle.remove()
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
             with SELECTION.running(query.device):
@@ -136,14 +141,20 @@ class ScoreRecorder:
             for row, values in zip(item.rows, received, strict=True):
                 scores[item.layer, item.score, row] = values
 
-        return record
+        handle = module.register_forward_pre_hook(record, with_kwargs=True)
+        return handle
 
     def _received(
         self, module: EncoderAttention, query: torch.Tensor, key: torch.Tensor, item: Wanted
     ) -> torch.Tensor:
-        received = attention_received(
-            query, key, module.scale, from_first_only=item.score == "cls"
-        )[:, self._leading :]
+        score: Callable[..., torch.Tensor] = attention_received
+        if query.device.type == "cuda" and chosen("PRUNING_SCORE_KERNEL") == "triton":
+            from hiprune_vllm.pruning import kernel  # noqa: PLC0415  (no Triton without a GPU)
+
+            score = kernel.attention_received
+        received = score(query, key, module.scale, from_first_only=item.score == "cls")[
+            :, self._leading :
+        ]
         if self._sum_over_ranks is not None:
             received = self._sum_over_ranks(received)
         return received / self._heads

@@ -1,0 +1,123 @@
+"""The output block run for kept rows only, on a block made like those of the encoders."""
+
+import pytest
+import torch
+from torch import nn
+
+from hiprune_vllm.models.last_block import Kept, kept_only
+
+WIDTH, HEADS = 16, 2
+
+
+class Attention(nn.Module):
+    """Called like vLLM's encoder attention; the name of its backend decides who computes what."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.attn_backend = type("Backend", (), {"name": backend})
+        self.queries = []
+
+    def forward(self, query, key, value, cu_seqlens=None):
+        self.queries.append(query.shape[1])
+        flat = query.dim() == 3
+        q, k, v = (x.unflatten(-1, (HEADS, -1)) if flat else x for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out.flatten(2) if flat else out
+
+
+class Block(nn.Module):
+    def __init__(self, backend="TORCH_SDPA", *, attends=True):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.qkv.register_forward_hook(  # a linear layer of vLLM's returns its bias, too
+            lambda _, args, out: out if isinstance(out, tuple) else (out, None)
+        )
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 40), nn.GELU(), nn.Linear(40, WIDTH))
+        self.attn, self.attends = Attention(backend), attends
+
+    def forward(self, x, turn=1.0):
+        if self.attends:
+            made, _ = self.qkv(self.norm1(x))
+            query, key, value = made.chunk(3, dim=-1)
+            x = x + self.out(self.attn(query * turn, key, value))
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.fixture
+def states():
+    return torch.randn(3, 10, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+ROWS = [torch.tensor([0, 4, 9]), torch.tensor([5]), torch.arange(10)]
+
+
+def shortened(block, choose=None, **options):
+    kept = [Kept(i * 10, (i + 1) * 10, rows) for i, rows in enumerate(ROWS)]
+    return kept_only(
+        block, block.qkv, block.attn, choose or (lambda: kept), within_images=True, **options
+    )
+
+
+@pytest.mark.parametrize("backend", ["TORCH_SDPA", "FLASH_ATTN"])
+@torch.no_grad()
+def test_kept_rows_are_what_the_whole_block_makes_of_them(backend, states):
+    block = Block(backend)
+    whole = block(states)
+    block.attn.queries.clear()
+    with shortened(block):
+        few = block(states)
+    expected = torch.cat([image[rows] for image, rows in zip(whole, ROWS, strict=True)])
+    assert few.shape == (1, 14, WIDTH)
+    torch.testing.assert_close(few[0], expected, rtol=1e-5, atol=1e-6)
+    # Only PyTorch's own kernel is asked for fewer queries than keys.
+    assert block.attn.queries == ([3, 1, 10] if backend == "TORCH_SDPA" else [10])
+
+
+@torch.no_grad()
+def test_spare_rows_come_first_and_arguments_may_differ_in_the_second_call(states):
+    block = Block()
+    whole = block(states, turn=3.0)
+    # The second call makes no queries, so what it does to them must not matter.
+    with shortened(block, spare_rows=2, turn=0.0):
+        few = block(states, turn=3.0)
+    expected = torch.cat([image[rows] for image, rows in zip(whole, ROWS, strict=True)])
+    assert few.shape == (1, 16, WIDTH)
+    torch.testing.assert_close(few[0, 2:], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_nothing_is_chosen_before_queries_and_keys_were_seen(states):
+    block, order = Block(), []
+    block.attn.register_forward_pre_hook(lambda *_: order.append("seen"))
+
+    def choose():
+        order.append("chosen")
+        return [Kept(0, 10, ROWS[0])]
+
+    with shortened(block, choose):
+        block(states)
+    assert order[:2] == ["seen", "chosen"]
+
+
+@torch.no_grad()
+def test_the_block_is_itself_again_also_after_an_error(states):
+    block = Block()
+    whole = block(states)
+
+    def fail():
+        raise ValueError("no scores")
+
+    with pytest.raises(ValueError, match="no scores"), shortened(block, fail):
+        block(states)
+    assert torch.equal(block(states), whole)
+    for module in block.modules():
+        assert "forward" not in vars(module)
+
+
+@torch.no_grad()
+def test_a_block_that_calls_no_attention_is_an_error_not_a_wrong_answer(states):
+    block = Block(attends=False)
+    with pytest.raises(RuntimeError, match="version drift"), shortened(block):
+        block(states)

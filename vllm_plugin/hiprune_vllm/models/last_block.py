@@ -1,0 +1,133 @@
+"""The output block for kept tokens only.
+
+Its scores need no more than its own Q and K. So vLLM's block runs as far as its attention; there
+the tokens are chosen, and the rest (attention, its projection, the MLP, whatever norm follows) runs
+for the kept ones. From here on a token depends on others through K and V alone, and these stay
+those of all tokens.
+
+Not a line of the block is written again: it is called twice, the first time up to its attention,
+the second time with the kept rows, where attention gives what is due to them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of one image.
+
+    Attributes:
+        start, stop: its tokens among all of the batch, rows of the flattened hidden states.
+        rows: (kept,) int64, those that stay, counted from `start`.
+    """
+
+    start: int
+    stop: int
+    rows: torch.Tensor
+
+
+class _AtAttention(Exception):
+    """Leaves a block where its attention is called, with what that was called with."""
+
+    def __init__(self, query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.options = query, key, value, options
+
+
+@contextmanager
+def kept_only(
+    block: nn.Module,
+    projection: nn.Module,
+    attention: nn.Module,
+    choose: Callable[[], Sequence[Kept]],
+    *,
+    spare_rows: int = 0,
+    within_images: bool,
+    **second_call: Any,
+) -> Iterator[None]:
+    """While inside, `block` returns the kept rows of all images, one after another.
+
+    The hidden states (B, T, width) or (T, 1, width) become (1, kept, width) or (kept, 1, width).
+
+    Args:
+        block: a transformer block of vLLM's that calls `attention` once.
+        projection: its linear layer that makes Q, K and V together.
+        attention: its encoder attention, called with query, key and value.
+        choose: called once Q and K were seen by all hooks of `attention`.
+        spare_rows: rows (of no meaning) to return before the others.
+        within_images: whether this block attends from every token to all of its image.
+        second_call: arguments of `block` that differ in its second call.
+    """
+    run = block.forward
+
+    def shortened(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _instead(attention, _leave):
+            try:
+                run(states, *args, **kwargs)
+            except _AtAttention as at:
+                seen = at
+            else:
+                raise RuntimeError("version drift: the output block did not call its attention")
+        kept = choose()
+        rows = torch.cat([image.start + image.rows for image in kept])
+        context = _attended(attention, seen, kept, rows, within_images)
+        few = states.flatten(0, 1)[rows]
+        if spare_rows:
+            few = torch.cat([few[:1].expand(spare_rows, -1), few])
+            context = torch.cat([context[:1].expand(spare_rows, *context.shape[1:]), context])
+        width = sum(tensor.shape[2:].numel() for tensor in (seen.query, seen.key, seen.value))
+
+        def made_already(states: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return states.new_empty(1).expand(*states.shape[:-1], width), None
+
+        def attended(*_: Any, **__: Any) -> torch.Tensor:
+            return context[None]
+
+        batch_dimension = 1 if states.shape[1] == 1 else 0
+        with _instead(projection, made_already), _instead(attention, attended):
+            return run(few.unsqueeze(batch_dimension), *args, **kwargs | second_call)
+
+    with _instead(block, shortened):
+        yield
+
+
+def _leave(query: Any, key: Any, value: Any, **options: Any) -> None:
+    raise _AtAttention(query, key, value, options)
+
+
+def _attended(
+    attention: Any, seen: _AtAttention, kept: Sequence[Kept], rows: torch.Tensor, within: bool
+) -> torch.Tensor:
+    """Attention's result for the kept rows, (kept, ...), by vLLM's own kernel.
+
+    PyTorch's kernel takes fewer queries than keys. vLLM's wrappers of the others do not, so there
+    all rows attend and the kept ones are taken.
+    """
+    if not (within and attention.attn_backend.name == "TORCH_SDPA"):
+        result: torch.Tensor = attention.forward(seen.query, seen.key, seen.value, **seen.options)
+        return result.flatten(0, 1)[rows]
+    query, key, value = (x.flatten(0, 1) for x in (seen.query, seen.key, seen.value))
+    parts = []
+    for image in kept:
+        # Without `cu_seqlens` one row of the batch is one image.
+        of_image = slice(image.start, image.stop)
+        some = query[image.start + image.rows]
+        parts.append(attention.forward(some[None], key[of_image][None], value[of_image][None])[0])
+    return torch.cat(parts)
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """This one module runs `forward` while inside; its hooks run as ever."""
+    assert "forward" not in vars(module)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

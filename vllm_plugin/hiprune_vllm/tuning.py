@@ -1,0 +1,33 @@
+"""How the worker computes, never what: settings for measuring, read from the environment here alone.
+
+| variable | values | |
+|---|---|---|
+| `PRUNING_LAST_BLOCK` | `kept` (default), `whole` | whether the encoder's last block ends with the kept tokens only |
+| `PRUNING_SCORE_KERNEL` | `torch` (default), `triton` | what adds up attention on a CUDA device; the second has not run on one yet |
+"""  # noqa: E501
+
+import os
+
+CHOICES = {
+    "PRUNING_LAST_BLOCK": ("kept", "whole"),
+    "PRUNING_SCORE_KERNEL": ("torch", "triton"),
+}
+
+
+def chosen(name: str) -> str:
+    """The value of one setting, the first of `CHOICES` by default.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    choices = CHOICES[name]
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check() -> None:
+    """Raises a ValueError where any setting is wrong."""
+    for name in CHOICES:
+        chosen(name)
