@@ -21,6 +21,7 @@ _DEMO_FLAGS = {
     "--host": "=127.0.0.1",
     "--max-model-len": "=4096",
     "--dtype": "=float32",  # faster than bfloat16 on CPUs without instructions for that
+    "--enable-per-request-metrics": "",  # queue and prefill time of each request, for `make load`
     "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 

@@ -88,7 +88,12 @@ ALLOWED = {
     "hiprune_server/__init__.py": [],
     "loadtests": [
         "httpx",
+        "gevent",
+        "geventhttpclient",
+        "locust",
+        "prometheus_client",
         "psutil",
+        "skimage",
         "numpy",
         "torch",
         "transformers",

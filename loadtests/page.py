@@ -23,6 +23,8 @@ small, .soft { opacity: 0.75; } figure { margin: 0; }
   grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 .examples img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
 .right { color: #2a9d4a; } .wrong { color: #d8433b; }
+.warn { border-left: 4px solid #d0781f; padding: 0 1rem; background: var(--soft); }
+.warn h2 { margin-top: 0; padding-top: 0.6rem; } .warn ul { padding-bottom: 0.6rem; }
 @media print { body { max-width: none; margin: 0; } h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; } }
 """
