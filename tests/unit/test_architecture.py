@@ -97,6 +97,7 @@ ALLOWED = {
         "numpy",
         "torch",
         "transformers",
+        "tokenizers",
         "safetensors",
         "matplotlib",
         "PIL",
