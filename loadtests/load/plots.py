@@ -46,10 +46,10 @@ def by_tokens(rows: Rows, metric: str) -> str:
                     if 0 < high < float("inf"):
                         axes.plot([row["tokens_kept"]] * 2, [1000 * low, 1000 * high],
                                   lw=5, alpha=0.35, color=style["color"])  # fmt: skip
-            axes.set(title=f"p{which}", xlabel="visual tokens kept", ylim=(0, None))
+            axes.set(title=f"p{which}", xlabel="visual tokens kept")
             _token_axis(axes, tokens)
             axes.grid(alpha=0.25)
-        panels[0].set_ylabel("ms")
+        panels[0].set(ylabel="ms", ylim=(0, None))
         panels[-1].legend(frameon=False, fontsize=9, title=_kind(rows), loc="upper left",
                           bbox_to_anchor=(1.0, 1.0))  # fmt: skip
         figure.tight_layout()

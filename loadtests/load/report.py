@@ -285,12 +285,13 @@ def _honesty(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     head = ("budget @ load", "CPU, of a core", "late p99, ms", "late max, ms",
-            "pictures made meanwhile", "prefix cache hits", "picture cache hits")  # fmt: skip
+            "made meanwhile", "prefix hits", "picture hits")  # fmt: skip
     return page.section(
         "Load generator and caches",
         page.paragraph(
             "How much of a core the busiest process of the load generator used, how late its event "
-            "loop woke up, and how much of what was looked up was in the server's caches."
+            "loop woke up, pictures that had to be made during the load, and how much of what was "
+            "looked up in the server's caches (prefixes, pictures) was there."
         ),
         page.table(head, lines),
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from loadtests.load.cells import FULL
 from loadtests.load.engine import PHASES, Between, Restarted
-from loadtests.load.records import CANCELLED, NOT_ERRORS, OK, SLOW, Record
+from loadtests.load.records import CANCELLED, NOT_ERRORS, OK, REFUSED, SLOW, Record
 from loadtests.load.running import Run
 
 PERCENTILES: Final = (50, 90, 99)
@@ -146,6 +146,9 @@ def engine_view(runs: Sequence[Run]) -> dict[str, Any]:
     for run in runs:
         if not (run.at_start and run.before and run.after):
             found["engine_trouble"] = "the server's metrics could not be read"
+            continue
+        if any(record.outcome == REFUSED for record in run.records):
+            found["engine_trouble"] = "the server was away: no numbers of the engine's"
             continue
         try:
             window = Between(run.before, run.after)
