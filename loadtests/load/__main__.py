@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from loadtests.load.running import Length, Run
 from loadtests.load.settings import arguments
 
 CACHED_PICTURES = 16
-_LEAST_IDLE_S = 60
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,9 +115,8 @@ def _cells(given: argparse.Namespace, wanted: Asking) -> tuple[list[Run], bool]:
         )
         progress.begin(number + 1, cell.name)
         try:
-            patience = max(_LEAST_IDLE_S, given.recover)
-            if running.wait_until_idle(given.url, headers(), patience) is None:
-                progress.show(f"the server has not answered for {patience:.0f} s", last=True)
+            if running.wait_until_idle(given.url, headers(), given.recover) is None:
+                progress.show(f"the server has not answered for {given.recover:g} s", last=True)
                 gone = Run(cell, trouble="not measured: the server did not come back")
                 return [*runs, gone], False
             run = running.run(cell, length, headers(), given.processes, progress.phase)
@@ -190,4 +189,5 @@ def _verdict(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as if from the keyboard
     sys.exit(main())

@@ -141,11 +141,12 @@ def begin(environment: Environment, **_: Any) -> None:
         # time slices would be what it measures. It needs little and may not have the right to.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
-        gevent.spawn(watch)
+        gevent.spawn(watch, environment)
 
 
-def watch() -> None:
+def watch(environment: Environment) -> None:
     """Writes down how this process fares: its processor time and how late it wakes up."""
+    sweep = int(os.environ["LOAD_SWEEP"])
     health, process = Written("health"), psutil.Process()
     lags: list[float] = []
     spent, since = sum(process.cpu_times()[:2]), time.monotonic()
@@ -158,6 +159,8 @@ def watch() -> None:
             used = sum(process.cpu_times()[:2])
             health.add({"at": now, "cpu": (used - spent) / (now - since), "lags": lags})
             lags, spent, since = [], used, now
+            if environment.runner and not psutil.pid_exists(sweep):
+                environment.runner.quit()  # or it would go on for ever
 
 
 class Closed(User):

@@ -42,8 +42,8 @@ def by_tokens(rows: Rows, metric: str) -> str:
                 )  # fmt: skip
                 rough = [r for r in mine if r not in exact and metric == "prefill"]
                 for row in rough:
-                    low, high = row[f"bucket_p{which}"] or (0, 0)
-                    if 0 < high < float("inf"):
+                    low, high = row[f"bucket_p{which}"] or (0, None)
+                    if high is not None:
                         axes.plot([row["tokens_kept"]] * 2, [1000 * low, 1000 * high],
                                   lw=5, alpha=0.35, color=style["color"])  # fmt: skip
             axes.set(title=f"p{which}", xlabel="visual tokens kept")

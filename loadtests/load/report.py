@@ -45,7 +45,7 @@ def write(
         "cells": list(rows),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     flat = [_flat(row) for row in rows]
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(flat[0]))
@@ -223,7 +223,7 @@ def _percentile(row: Mapping[str, Any], metric: str, which: int) -> str:
     value = row[f"{metric}_p{which}"]
     if value is None and metric == "prefill" and row[f"bucket_p{which}"]:
         low, high = row[f"bucket_p{which}"]
-        return f"> {ms(low, 0)}" if high == float("inf") else f"{ms(low, 0)} to {ms(high, 0)}"
+        return f"> {ms(low, 0)}" if high is None else f"{ms(low, 0)} to {ms(high, 0)}"
     return ms(value)
 
 

@@ -23,6 +23,7 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _LOOK_EVERY_S = 0.25
 _START_S = 60
 _STOP_S = 15
+BUSY_S = 60
 LONGEST = 5
 """A window that waits for a number of requests lasts at most so many times its length."""
 
@@ -170,13 +171,13 @@ def _locust(cell: Cell, folder: Path, processes: int) -> Iterator[subprocess.Pop
     command = [
         sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--host", cell.url,
         "--headless", "--only-summary", "--loglevel", "WARNING", "--stop-timeout", "0",
-        "--run-time", "2h",  # it would go on for ever if this process were killed
     ]  # fmt: skip
     if cell.load.kind != "stages":
         command += ["--users", str(users), "--spawn-rate", "100"]
     if processes > 1:
         command += ["--processes", str(processes)]
     environment = os.environ | {"LOAD_CELL": str(folder / "cell.json"), "PYTHONUNBUFFERED": "1"}
+    environment["LOAD_SWEEP"] = str(os.getpid())
     environment["PYTHONPATH"] = str(LOCUSTFILE.parents[2])
     with (folder / "locust.log").open("wb") as log:
         process = subprocess.Popen(
@@ -194,16 +195,19 @@ def _locust(cell: Cell, folder: Path, processes: int) -> Iterator[subprocess.Pop
             process.wait()
 
 
-def wait_until_idle(url: str, headers: Mapping[str, str], longest_s: float) -> Scrape | None:
-    """Waits until the engine has nothing under way.
+def wait_until_idle(url: str, headers: Mapping[str, str], away_s: float) -> Scrape | None:
+    """Waits until the engine has nothing under way, `BUSY_S` at most: it may have other clients.
 
     Returns:
-        Its metrics then, or at the end of `longest_s` where it is still busy with something; None
-        where it did not answer.
+        Its metrics; None where it did not answer for `away_s`.
     """
-    deadline = time.monotonic() + longest_s
+    began = time.monotonic()
     while True:
         seen = engine.scrape(url, headers, timeout_s=10)
-        if (seen is not None and not seen.under_way) or time.monotonic() > deadline:
+        passed = time.monotonic() - began
+        if seen is None:
+            if passed > away_s:
+                return None
+        elif not seen.under_way or passed > BUSY_S:
             return seen
         time.sleep(0.5)

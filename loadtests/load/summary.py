@@ -134,8 +134,8 @@ def samples(records: Sequence[Record], begin: float) -> dict[str, list[float]]:
 def engine_view(runs: Sequence[Run]) -> dict[str, Any]:
     """The engine's queue, encoder, prefill and decode time, from its `/metrics`.
 
-    `prefill_low_p50` and so on are the bounds of the histogram's bucket that holds the percentile;
-    means are exact. Of several rounds the means are weighted by their requests.
+    `bucket_p50` and so on are the bounds (from, to) of the histogram's bucket that holds the
+    percentile of prefill, in the last round; means are exact and of all rounds.
     """
     found: dict[str, Any] = {f"engine_{name}": None for name in (*PHASES, "encoder")}
     found |= {"engine_requests": 0, "hits_prefix": None, "hits_pictures": None}
@@ -162,7 +162,11 @@ def engine_view(runs: Sequence[Run]) -> dict[str, Any]:
             counts[name] += histogram.count
             if name == "prefill":
                 for which in PERCENTILES:
-                    found[f"bucket_p{which}"] = histogram.quantile(which / 100)
+                    bounds = histogram.quantile(which / 100)
+                    # JSON has no infinity: above the last bound there is no other.
+                    found[f"bucket_p{which}"] = bounds and [
+                        bound if bound < float("inf") else None for bound in bounds
+                    ]
         encoder = window.encoder()
         if encoder is not None:
             requests = window.counted(f"{PHASES['prefill']}_count")

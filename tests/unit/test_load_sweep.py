@@ -283,7 +283,7 @@ def test_an_interrupted_sweep_leaves_a_report_and_no_processes(tmp_path):
         while not list(folder.glob("requests-*.jsonl")):
             assert process.poll() is None
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         before = len(mock.bodies)
         time.sleep(1.5)
