@@ -11,8 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick bench bench-gpu lmms-env soak fuzz demo-model contract lint \
-	lock wheel clean
+.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
+	load load-ui lmms-env demo-model contract lint lock wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,42 @@ bench: venv ## benchmarks of the engine side (build/bench/bench.md; ARGS="--only
 
 bench-gpu: ## the same on a GPU host, at larger sizes, in the environment of PYTHON
 	$(PYTHON) -m loadtests.bench --device cuda $(ARGS)
+
+# A setting that is left empty is the program's own default; `make load ARGS=--help` tells them all.
+BUDGETS ?=
+CONCURRENCY ?=
+RATES ?=
+STAGES ?=
+DURATION ?=
+WARM_UP ?=
+REPEATS ?=
+IMAGES ?=
+SIZES ?=
+QUESTION_WORDS ?=
+ANSWER_TOKENS ?=
+MODEL ?=
+PROCESSES ?=
+OUT ?=
+COMPARE ?=
+NOTE ?=
+URL = $(if $(findstring ://,$(HOST)),$(HOST),http://$(HOST):$(PORT))
+given = $(if $($(1)),$(2) $($(1)))
+quoted = $(if $($(1)),$(2) '$($(1))')
+
+load: venv ## latency and throughput against budget of the server at HOST, PORT (docs/load-testing.md)
+	$(BIN)/python -m loadtests.load --url $(URL) $(call given,BUDGETS,--budgets) \
+		$(call given,CONCURRENCY,--concurrency) $(call given,RATES,--rates) $(call quoted,STAGES,--stages) \
+		$(call given,DURATION,--duration) $(call given,WARM_UP,--warm-up) $(call given,REPEATS,--repeats) \
+		$(call quoted,IMAGES,--images) $(call given,SIZES,--sizes) $(call given,PROCESSES,--processes) \
+		$(call given,QUESTION_WORDS,--question-words) $(call given,ANSWER_TOKENS,--answer-tokens) \
+		$(call quoted,MODEL,--model) $(call quoted,OUT,--out) $(call quoted,COMPARE,--compare) \
+		$(call quoted,NOTE,--note) $(ARGS)
+
+load-ui: venv ## the same users in Locust's own page, on http://localhost:8089
+	$(BIN)/locust --locustfile loadtests/load/locustfile.py --web-host 127.0.0.1 --host $(URL) \
+		$(call quoted,BUDGETS,--budgets) $(call quoted,MODEL,--model) $(call quoted,IMAGES,--images) \
+		$(call given,SIZES,--sizes) $(call given,QUESTION_WORDS,--question-words) \
+		$(call given,ANSWER_TOKENS,--answer-tokens) $(call given,PROCESSES,--processes) $(ARGS)
 
 # PyTorch and all: the same releases as the engine's where both need one, so that little is fetched.
 lmms-env: venv ## set up lmms-eval's own environment (LMMS_VENV; see loadtests/quality/README.md)

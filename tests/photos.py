@@ -1,24 +1,14 @@
-"""Real photographs (scikit-image ships them) and how the tests send them."""
+"""Real photographs and how the tests send them."""
 
 import base64
 import io
 from typing import Any
 
 from PIL import Image
-from skimage import data
 
-NAMES = ("astronaut", "chelsea", "coffee", "rocket", "hubble")
+from loadtests.photos import NAMES, photo
 
-
-def photo(name: str) -> Image.Image:
-    arrays = {
-        "astronaut": data.astronaut,  # 512 x 512
-        "chelsea": data.chelsea,  # 451 x 300
-        "coffee": data.coffee,  # 600 x 400
-        "rocket": data.rocket,  # 640 x 427
-        "hubble": data.hubble_deep_field,  # 1000 x 872
-    }
-    return Image.fromarray(arrays[name]())
+__all__ = ["NAMES", "data_url", "photo"]
 
 
 def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:

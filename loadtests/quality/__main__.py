@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loadtests import machine, servers
 from loadtests.quality import cells as grid
-from loadtests.quality import report, servers
+from loadtests.quality import report
 from loadtests.quality.asking import Answer, Log, Picture, ask_cell, pictures
 from loadtests.quality.cells import Cell
 from loadtests.quality.results import Answers
@@ -182,7 +183,7 @@ def _facts(
         "command": given.command,
         "questions": f"{questions} about {len(asked)} held-out pictures in every cell",
         "versions": f"{versions}, Python {platform.python_version()}",
-        "hardware": f"{_processor()}, {os.cpu_count()} cores (where this was asked from)",
+        "hardware": f"{machine.processor()} (where this was asked from)",
     }
     if progress.asked:
         facts["this run"] = (
@@ -192,14 +193,6 @@ def _facts(
     if given.url and "methods" in given.sets and not given.quick:
         facts["left out"] = "the down-scaled picture: it needs a server of its own for each size"
     return facts
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 class _Progress:

@@ -1,16 +1,12 @@
 """The report's plots as inline SVG, without a background of their own: they suit any theme."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from loadtests.drawing import INK, RC, plt, svg
 
 STYLE = {
     "hiprune": ("#1f77d0", "o", "HiPrune"),
@@ -20,21 +16,15 @@ STYLE = {
     "stride": ("#3c9a5f", "D", "stride"),
     "downscaled": ("#c03a5a", "v", "down-scaled picture"),
 }
-_INK = "#7a7a7a"  # readable on white and on black
-_RC: Any = {
-    "svg.fonttype": "none", "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "svg.hashsalt": "hiprune",
-}  # fmt: skip
 
 
 def accuracy_plot(rows: Sequence[dict[str, Any]]) -> str:
     """Accuracy against tokens kept, a line a method, with intervals."""
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
         for row in rows:
             if row["method"] == "full":
-                axes.axhline(100 * row["accuracy"], color=_INK, lw=1, ls="--")
+                axes.axhline(100 * row["accuracy"], color=INK, lw=1, ls="--")
                 axes.annotate(
                     "all tokens", (0.01, 100 * row["accuracy"]), (0, 2), fontsize=9,
                     xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -67,7 +57,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[Any], colu
              *, row_label: str, column_label: str) -> str:  # fmt: skip
     """A table of percentages as colours, each with its number."""
     grid = [[float("nan") if v is None else 100 * v for v in line] for line in values]
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(1.2 + 0.8 * len(columns), 1.2 + 0.5 * len(rows)))
         axes.imshow(grid, cmap="viridis", aspect="auto")
         middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
@@ -86,7 +76,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[Any], colu
 
 def kinds_plot(rows: Sequence[dict[str, Any]]) -> str:
     """HiPrune's accuracy by kind of question against tokens kept."""
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(7.2, 3.8))
         for kind in sorted({r["kind"] for r in rows}):
             mine = [r for r in rows if r["kind"] == kind and r["method"] == "hiprune"]
@@ -104,7 +94,7 @@ def kinds_plot(rows: Sequence[dict[str, Any]]) -> str:
 
 def relative_plot(rows: Sequence[dict[str, Any]]) -> str:
     """Average share of the unpruned scores against tokens kept, the paper's values beside ours."""
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(6.4, 3.6))
         for name, label, colour in (
             ("relative", "measured", "#1f77d0"),
@@ -118,12 +108,3 @@ def relative_plot(rows: Sequence[dict[str, Any]]) -> str:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
         return svg(figure)
-
-
-def svg(figure: Any) -> str:
-    """The figure as an inline <svg> element."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, bbox_inches="tight",
-                   metadata={"Date": None})  # fmt: skip
-    plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]

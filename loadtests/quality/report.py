@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loadtests.quality import page, plots, results
+from loadtests import page
+from loadtests.quality import plots, results
 from loadtests.quality.asking import Picture
 from loadtests.quality.cells import ALPHAS, METHODS, Cell, alpha_cells, unique
 from loadtests.quality.examples import COLOURS, overlay

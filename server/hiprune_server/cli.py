@@ -22,6 +22,7 @@ _DEMO_FLAGS = {
     "--max-model-len": "=4096",
     "--dtype": "=float32",  # faster than bfloat16 on CPUs without instructions for that
     "--mm-processor-cache-gb": "=0.5",  # hundreds of pictures; vLLM's own default is 4
+    "--enable-per-request-metrics": "",  # queue and prefill time of each request, for `make load`
     "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from loadtests.quality import servers
+from loadtests import servers
 from tests.e2e.offline import ENVIRONMENT
 from tests.photos import data_url
 

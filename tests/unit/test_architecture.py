@@ -104,7 +104,12 @@ ALLOWED = {
     ],
     "loadtests": [
         "httpx",
+        "gevent",
+        "geventhttpclient",
+        "locust",
+        "prometheus_client",
         "psutil",
+        "skimage",
         "numpy",
         "torch",
         "transformers",

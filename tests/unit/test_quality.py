@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from loadtests.quality import asking, cells, report, results, servers, stats
+from loadtests import servers
+from loadtests.quality import asking, cells, report, results, stats
 from loadtests.quality.__main__ import main, shortfalls
 
 KNOWN = {

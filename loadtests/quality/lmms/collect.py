@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtests.quality import page, plots
+from loadtests import page
+from loadtests.quality import plots
 from loadtests.quality.lmms.benchmarks import BENCHMARKS, LOCAL, PAPER, Benchmark
 from loadtests.quality.lmms.evaluate import DONE, KEPT
 

@@ -18,11 +18,15 @@ th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid var(--line); text-alig
 th:first-child, td:first-child, .facts td { text-align: left; }
 thead th { background: var(--soft); }
 .wide { overflow-x: auto; } svg { max-width: 100%; height: auto; }
-small, .soft { opacity: 0.75; } figure { margin: 0; }
+.facts td { white-space: normal; overflow-wrap: anywhere; }
+.facts td:first-child { white-space: nowrap; }
+small, .soft { opacity: 0.75; } figure { margin: 0 0 1rem; }
 .examples { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 .examples img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
 .right { color: #2a9d4a; } .wrong { color: #d8433b; }
+.warn { border-left: 4px solid #d0781f; padding: 0 1rem; background: var(--soft); }
+.warn h2 { margin-top: 0; padding-top: 0.6rem; } .warn ul { padding-bottom: 0.6rem; }
 @media print { body { max-width: none; margin: 0; } h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; } }
 """

@@ -90,6 +90,11 @@ def about(url: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
         response = httpx.get(f"{url}/v1/hiprune", headers=headers, timeout=30)
     except httpx.TransportError as error:
         raise RuntimeError(f"no server answers at {url} ({error})") from None
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise RuntimeError(
+            f"{url} must be a server with budgets, but has no /v1/hiprune: start it with "
+            "hiprune-serve instead of `vllm serve`"
+        )
     if response.status_code != httpx.codes.OK:
         raise RuntimeError(
             f"{url} must be a server with budgets, GET /v1/hiprune says {response.status_code}"

@@ -1,0 +1,15 @@
+"""What the machine is that a load test or an evaluation runs on."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """The processor's name and how many cores there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
