@@ -9,6 +9,9 @@ VLLM ?= 0.33.0
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Locks of images: less than cpu.lock, and the same releases.
+IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --constraints requirements/cpu.lock
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick lmms-env soak fuzz demo-model contract lint \
@@ -80,6 +83,10 @@ lock: venv ## compile requirements/*.lock again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --constraints requirements/overrides.txt --excludes requirements/lmms-excluded.txt \
 		--output-file requirements/lmms.lock requirements/lmms.in
+	$(IMAGE_LOCK) --extra cpu --override requirements/overrides.txt \
+		--output-file requirements/image.lock pyproject.toml
+	$(IMAGE_LOCK) --output-file requirements/build.lock requirements/build.in
+	$(IMAGE_LOCK) --output-file requirements/load.lock requirements/load.in
 	grep -A99 '^uv==' requirements/cpu.lock | awk 'NR > 1 && !/^ +--hash/ { exit } { print }' \
 		| sed '$$ s/ *\\$$//' > requirements/installer.lock
 

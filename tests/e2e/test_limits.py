@@ -162,6 +162,8 @@ def test_metrics_count_what_answers_say(server, picture):
     # From the worker; a picture that was seen before may not be scored again.
     assert 1 <= more("hiprune_selection_seconds_count") <= 2
     assert 0 < more("hiprune_selection_seconds_sum") < 10
+    assert 1 <= more("hiprune_encoder_seconds_count") <= 2
+    assert more("hiprune_selection_seconds_sum") < more("hiprune_encoder_seconds_sum") < 20
     for label in ("1-64", "65-128"):
         assert more("hiprune_time_to_first_token_seconds_count", kept_tokens=label) == 1
         assert 0 < more("hiprune_time_to_first_token_seconds_sum", kept_tokens=label) < 60

@@ -16,7 +16,7 @@ from vllm.distributed import (
 from hiprune_vllm.engine.compat import check_engine
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Trace, TracedPart
 from hiprune_vllm.pruning.budget import ImageBudget
-from hiprune_vllm.pruning.clock import SELECTION
+from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 BUDGET_FIELD = "hiprune_budget"
 """Name of the per-image tensor that carries `pack_item` from processor to worker."""
@@ -28,6 +28,11 @@ SELECTION_SECONDS = Histogram(
     "hiprune_selection_seconds",
     "Scoring of two encoder layers and selection, for a batch of pictures in the worker.",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
+ENCODER_SECONDS = Histogram(
+    "hiprune_encoder_seconds",
+    "Vision encoder, selection and projector, for a batch of pictures in the worker.",
+    buckets=(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 
 
@@ -68,7 +73,14 @@ class PrunedModel(torch.nn.Module):
         self._kept_before: LRUCache[int, tuple[torch.Tensor, ...]] = LRUCache(REMEMBERED_IMAGES)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """Embeddings of a batch of images; vLLM's own forward where none of them is pruned.
+        """Embeddings of a batch of images, as `_embed` makes them; their time is noted."""
+        with ENCODER.running(next(self.parameters()).device):
+            embeddings = self._embed(**kwargs)
+        _note(ENCODER, ENCODER_SECONDS)
+        return embeddings
+
+    def _embed(self, **kwargs: object) -> Any:
+        """vLLM's own forward where no image of the batch is pruned.
 
         An image that is encoded again (its first part is in the prefix cache, or it left the
         encoder cache) keeps the tokens that it kept before: with another batch around it, rounding
@@ -115,8 +127,13 @@ class PrunedModel(torch.nn.Module):
         for identity, image in zip(identities, encoded, strict=True):
             if image.kept is not None:
                 self._kept_before[identity] = image.kept
-        laps = SELECTION.lap()
-        if get_tensor_model_parallel_rank() == 0:
-            for seconds in laps:
-                SELECTION_SECONDS.observe(seconds)
+        _note(SELECTION, SELECTION_SECONDS)
         return encoded
+
+
+def _note(clock: Stopwatch, seconds: Histogram) -> None:
+    """Ends a batch: its time goes to the metric, from the first of several ranks."""
+    laps = clock.lap()
+    if get_tensor_model_parallel_rank() == 0:
+        for lap in laps:
+            seconds.observe(lap)

@@ -1,4 +1,4 @@
-"""How long scoring and selecting take, on whatever device they run."""
+"""How long encoding, scoring and selecting take, on whatever device they run."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -54,3 +54,5 @@ class Stopwatch:
 
 SELECTION = Stopwatch()
 """Scoring of two layers and selection, in this process."""
+ENCODER = Stopwatch()
+"""The whole vision encoder, selection and projector included, in this process."""
