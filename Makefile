@@ -87,6 +87,7 @@ lock: venv ## compile requirements/*.lock again
 		--output-file requirements/image.lock pyproject.toml
 	$(IMAGE_LOCK) --output-file requirements/build.lock requirements/build.in
 	$(IMAGE_LOCK) --output-file requirements/load.lock requirements/load.in
+	$(IMAGE_LOCK) --output-file requirements/router.lock requirements/router.in
 	grep -A99 '^uv==' requirements/cpu.lock | awk 'NR > 1 && !/^ +--hash/ { exit } { print }' \
 		| sed '$$ s/ *\\$$//' > requirements/installer.lock
 
