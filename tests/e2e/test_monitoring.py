@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def panels():
+    """Every query of the dashboard."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             yield pytest.param(target["expr"], id=f"{panel['title']} {target['refId']}")
@@ -145,7 +146,7 @@ def monitor(tmp_path_factory):
         yield found
 
 
-@pytest.mark.parametrize("expression", panels())
+@pytest.mark.parametrize("expression", list(panels()))
 def test_a_panel_shows_something(monitor, expression):
     variables = {"$__rate_interval": "1m", "$job": "hiprune", "$instance": ".*"}
     for name, value in variables.items():
@@ -156,14 +157,14 @@ def test_a_panel_shows_something(monitor, expression):
     assert not all(math.isnan(value) for value in values)
 
 
-@pytest.mark.parametrize("expression", rules("record"))
+@pytest.mark.parametrize("expression", list(rules("record")))
 def test_a_recording_rule_records_something(monitor, expression):
     values = monitor.ask(expression)
     assert values
     assert not all(math.isnan(value) for value in values)
 
 
-@pytest.mark.parametrize("expression", rules("alert"))
+@pytest.mark.parametrize("expression", list(rules("alert")))
 def test_an_alert_has_data_to_compare(monitor, expression):
     """With `bool` a comparison says 0 or 1 where it compares something, and nothing elsewhere."""
     compared, count = re.subn(r" (==|<|>) ", r" \1 bool ", expression)
