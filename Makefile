@@ -9,10 +9,14 @@ VLLM ?= 0.33.0
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Locks of images: less than cpu.lock, and the same releases.
+IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --constraints requirements/cpu.lock
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
-	load load-ui lmms-env demo-model contract lint lock wheel clean
+	load load-ui lmms-env demo-model contract lint lock check-deploy docs-check gpu-check \
+	release-check sbom sbom-image wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -122,8 +126,36 @@ lock: venv ## compile requirements/*.lock again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --constraints requirements/overrides.txt --excludes requirements/lmms-excluded.txt \
 		--output-file requirements/lmms.lock requirements/lmms.in
+	$(IMAGE_LOCK) --extra cpu --override requirements/overrides.txt \
+		--output-file requirements/image.lock pyproject.toml
+	$(IMAGE_LOCK) --output-file requirements/build.lock requirements/build.in
+	$(IMAGE_LOCK) --output-file requirements/load.lock requirements/load.in
+	$(IMAGE_LOCK) --output-file requirements/router.lock requirements/router.in
 	grep -A99 '^uv==' requirements/cpu.lock | awk 'NR > 1 && !/^ +--hash/ { exit } { print }' \
 		| sed '$$ s/ *\\$$//' > requirements/installer.lock
+
+check-deploy: venv ## images, Compose, Prometheus, Kubernetes: everything that can be read without starting it
+	$(BIN)/python -m pytest tests/unit/test_deploy.py tests/unit/test_kubernetes.py tests/unit/test_router.py $(ARGS)
+
+docs-check: venv ## dead links, and the commands in the documents that are marked as runnable
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.docs $(ARGS)
+
+gpu-check: ## everything that needs a GPU (docs/gpu-checklist.md), in the environment of PYTHON
+	$(PYTHON) -m tests.gpu_check $(ARGS)
+
+release-check: venv ## what is missing for a release
+	$(BIN)/python -m tests.release
+
+sbom: venv ## bills of materials (CycloneDX) of the images that are made from locks: build/sbom
+	mkdir -p build/sbom
+	for name in image load router; do \
+		$(BIN)/cyclonedx-py requirements requirements/$$name.lock --of JSON -o build/sbom/$$name.cdx.json || exit 1; \
+	done
+
+sbom-image: venv ## the same of a built image: IMAGE=hiprune-gpu:0.1.0 (needs Docker)
+	mkdir -p build/sbom
+	docker run --rm --entrypoint python3 $(IMAGE) -c 'from importlib.metadata import distributions as d; print("\n".join(sorted({f"{x.name}=={x.version}" for x in d()})))' \
+		| $(BIN)/cyclonedx-py requirements - --of JSON -o build/sbom/$(subst /,-,$(subst :,-,$(IMAGE))).cdx.json
 
 wheel: venv ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

@@ -4,9 +4,10 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from hiprune_server import demo
@@ -34,6 +35,9 @@ SAFE_MEDIA = {"VLLM_MEDIA_CONNECTOR": "hiprune", "VLLM_MEDIA_URL_ALLOW_REDIRECTS
 """vLLM's own variables, unless they are set: see `hiprune_server.media`."""
 MAX_PIXELS = "VLLM_MAX_IMAGE_PIXELS"
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+KEY = "VLLM_API_KEY"
+"""vLLM's own variable: with it every /v1 route asks for this key."""
+KEY_FILE = f"{KEY}_FILE"
 WORKER_EXTENSION = "hiprune_vllm.engine.explain.ExplainExtension"
 
 
@@ -43,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own.print_config:
         sys.stdout.write(config.text())
         return
+    try:
+        read_key(os.environ, flag_given=_has_flag(rest, "--api-key"))
+    except ConfigError as error:
+        sys.exit(f"hiprune-serve: error: {error}")
     config.export(os.environ)
     os.environ.update(SAFE_MEDIA | os.environ)
     if config.values[PIXELS].source != BUILT_IN or MAX_PIXELS not in os.environ:
@@ -124,6 +132,32 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
 
 def _has_flag(flags: Sequence[str], name: str) -> bool:
     return any(flag == name or flag.startswith(f"{name}=") for flag in flags)
+
+
+def read_key(environment: MutableMapping[str, str], *, flag_given: bool) -> None:
+    """Takes the API key from the file that VLLM_API_KEY_FILE names, as containers get secrets.
+
+    An empty variable names no file; an empty file is an error, so that a secret that was forgotten
+    does not open the server.
+
+    Raises:
+        ConfigError: the file cannot be read or is empty, or the key is given in two places.
+    """
+    path = environment.pop(KEY_FILE, "")
+    if not path:
+        return
+    if flag_given or environment.get(KEY):
+        other = "--api-key" if flag_given else KEY
+        raise ConfigError(f"the API key is given twice, by {KEY_FILE} and {other}: give one")
+    try:
+        key = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{KEY_FILE} must name a readable text file, got {path} ({error})"
+        ) from None
+    if not key:
+        raise ConfigError(f"{KEY_FILE} must name a file with a key in it, {path} is empty")
+    environment[KEY] = key
 
 
 def allow_plugins() -> None:

@@ -90,6 +90,41 @@ def test_metrics_go_through_a_folder_that_is_there_while_the_server_runs(monkeyp
     assert cli.METRICS_DIR not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("content", "argv", "variables", "message"),
+    [
+        (" \n", ["m"], {}, "is empty"),
+        (None, ["m"], {}, "must name a readable text file"),
+        ("s3cret", ["m"], {cli.KEY: "other"}, "given twice, by VLLM_API_KEY_FILE and VLLM_API_KEY"),
+        ("s3cret", ["m", "--api-key", "other"], {}, "and --api-key"),
+    ],
+)
+def test_an_api_key_file_that_gives_no_one_key_stops_the_start(
+    content, argv, variables, message, monkeypatch, tmp_path
+):
+    path = tmp_path / "api_key"
+    if content is not None:
+        path.write_text(content)
+    os.environ.update({cli.KEY_FILE: str(path)} | variables)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        served(argv, monkeypatch, tmp_path)
+    assert "s3cret" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(("content", "key"), [("s3cret\n", "s3cret"), (None, None)])
+def test_the_api_key_is_read_from_the_file_that_a_variable_names(
+    content, key, monkeypatch, tmp_path
+):
+    os.environ.pop(cli.KEY, None)
+    os.environ[cli.KEY_FILE] = ""  # as a compose file leaves it where there is no secret
+    if content is not None:
+        (tmp_path / "api_key").write_text(content)
+        os.environ[cli.KEY_FILE] = str(tmp_path / "api_key")
+    served(["m"], monkeypatch, tmp_path)
+    assert os.environ.get(cli.KEY) == key
+    assert cli.KEY_FILE not in os.environ  # vLLM knows no such variable
+
+
 def test_both_plugins_are_allowed_and_others_stay(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     cli.allow_plugins()

@@ -98,9 +98,9 @@ def test_every_dependency_has_two_bounds():
         assert re.fullmatch(r"[a-z-]+(\[[a-z]+\])?>=[\d.]+,<[\d.]+", requirement), requirement
 
 
-@pytest.mark.parametrize("name", ["cpu.lock", "installer.lock"])
+@pytest.mark.parametrize("name", ["cpu", "installer", "image", "build", "load", "router"])
 def test_locks_have_versions_and_hashes_and_no_addresses(name):
-    text = (ROOT / "requirements" / name).read_text()
+    text = (ROOT / "requirements" / f"{name}.lock").read_text()
     assert "://" not in text.replace("git+", "")
     assert "index" not in re.sub(r"#.*", "", text).replace("indexed", "")
     entries = re.split(r"\n(?=[a-z])", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
@@ -108,3 +108,14 @@ def test_locks_have_versions_and_hashes_and_no_addresses(name):
     for entry in entries:
         assert re.match(r"[A-Za-z0-9._\[\],-]+==[^ ]+", entry), entry[:60]
         assert "--hash=sha256:" in entry, entry[:60]
+
+
+def test_locks_of_images_have_the_releases_that_were_tested():
+    def pins(name):
+        text = (ROOT / "requirements" / f"{name}.lock").read_text()
+        return dict(re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^ ]+)", text, re.MULTILINE))
+
+    tested = pins("cpu")
+    for name in ("image", "build", "load", "router"):
+        for package, release in pins(name).items():
+            assert tested.get(package) == release, (name, package)

@@ -1,0 +1,236 @@
+"""Files that deploy the server: images, Compose, Prometheus, Grafana. Read, never run, here."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "hiprune.json"
+DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+COMPOSE = [ROOT / "compose.yaml", ROOT / "docker" / "compose.yaml"]
+
+
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+
+
+def passes(*command):
+    ran = run(*command)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def services():
+    return yaml.safe_load(COMPOSE[1].read_text())["services"]
+
+
+@cache
+def resolved(*profiles, **variables):
+    """What Compose itself makes of the files, for the profiles and variables of a host."""
+    flags = [flag for profile in profiles for flag in ("--profile", profile)]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | variables
+    command = (BIN / "docker-compose", "--env-file", os.devnull, *flags, "config")
+    ran = run(*command, "--format", "json", env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_hadolint_finds_nothing(path):
+    passes(BIN / "hadolint", path)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_an_image_has_two_stages_and_runs_as_nobody_in_particular(path):
+    instructions = re.findall(r"^([A-Z]+) (.*)", path.read_text(), re.MULTILINE)
+    assert [name for name, _ in instructions].count("FROM") == 2
+    (user,) = [rest for name, rest in instructions if name == "USER"][-1:]
+    assert int(user.split(":")[0]) > 0
+    assert {"LABEL", "ENTRYPOINT"} <= {name for name, _ in instructions}
+    for name, rest in instructions:
+        if name == "ARG" and "IMAGE=" in rest:
+            assert re.search(r":v?\d+\.\d+\.\d+", rest), f"{rest} is not pinned"
+
+
+def test_the_gpu_image_is_of_the_release_that_was_tested():
+    from hiprune_vllm.engine.compat import BELOW, OLDEST
+
+    (minor,) = re.findall(
+        r"vllm-openai:v(\d+)\.(\d+)\.\d+", (ROOT / "docker/gpu.Dockerfile").read_text()
+    )
+    assert OLDEST <= tuple(map(int, minor)) < BELOW
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_compose_files_are_valid_by_the_specifications_schema(path):
+    passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path)
+
+
+def test_the_schema_would_find_a_mistake(tmp_path):
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(COMPOSE[1].read_text().replace("stop_grace_period", "grace_period"))
+    assert run(
+        BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", wrong
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    ("profiles", "expected"),
+    [
+        ((), {"server", "prometheus", "grafana"}),
+        (("gpu",), {"server", "prometheus", "grafana"}),
+        (("cpu",), {"demo", "prometheus", "grafana"}),
+        (("load",), {"server", "load", "prometheus", "grafana"}),
+    ],
+)
+def test_profiles_choose_what_starts(profiles, expected):
+    assert set(resolved(*profiles)["services"]) == expected
+
+
+def test_nothing_listens_beyond_this_host_unless_asked():
+    for profiles in ((), ("cpu",), ("load",)):
+        for name, service in resolved(*profiles)["services"].items():
+            for port in service.get("ports", []):
+                assert port["host_ip"] == "127.0.0.1", name
+    opened = resolved(BIND_ADDRESS="0.0.0.0")["services"]
+    assert opened["server"]["ports"][0]["host_ip"] == "0.0.0.0"
+    assert opened["grafana"]["ports"][0]["host_ip"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("name", ["server", "demo", "load", "prometheus", "grafana"])
+def test_a_service_can_do_little_and_fills_no_disk(name):
+    everything = resolved("gpu", "cpu", "load")["services"]
+    service = everything[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+    assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "not pinned"
+    if name != "load":
+        assert service["restart"] == "unless-stopped"
+        assert service["healthcheck"]["test"][0] == "CMD"
+
+
+def test_the_server_has_a_gpu_shared_memory_a_cache_and_time_to_fetch_its_model():
+    server = resolved()["services"]["server"]
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"], device["count"]) == ("nvidia", ["gpu"], 1)
+    assert int(server["shm_size"]) >= 2**30
+    assert {volume["target"] for volume in server["volumes"]} == {"/var/cache/hiprune"}
+    assert server["healthcheck"]["start_period"] == "1h0m0s"
+    assert server["command"][0] == "llava-hf/llava-1.5-7b-hf"
+    assert "deploy" not in resolved("cpu")["services"]["demo"]
+
+
+def test_the_drain_is_over_before_a_container_is_killed():
+    from hiprune_server.cli import DRAIN_S
+
+    for name in ("server", "demo"):
+        (seconds,) = re.fullmatch(r"(\d+)s", services()[name]["stop_grace_period"]).groups()
+        assert int(seconds) > DRAIN_S
+
+
+def test_the_api_key_is_a_secret_file_or_nothing():
+    without = resolved()
+    assert without["services"]["server"]["environment"]["VLLM_API_KEY_FILE"] == ""
+    assert without["secrets"]["api_key"]["file"] == os.devnull
+    given = resolved(API_KEY_FILE="secrets/api_key")
+    assert given["services"]["server"]["environment"]["VLLM_API_KEY_FILE"] == "/run/secrets/api_key"
+    assert given["secrets"]["api_key"]["file"] == str(ROOT / "docker/secrets/api_key")
+
+
+def test_vllms_safe_media_settings_are_on():
+    environment = resolved()["services"]["server"]["environment"]
+    assert environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert environment["VLLM_MEDIA_CONNECTOR"] == "hiprune"
+
+
+def test_every_setting_of_the_server_and_no_other_is_passed_on():
+    from hiprune_server.config import SETTINGS
+
+    environment = services()["server"]["environment"]
+    passed = {name for name in environment if name.startswith("HIPRUNE_")}
+    assert passed == {setting.variable for setting in SETTINGS}
+
+
+def test_the_example_of_settings_explains_every_variable_with_its_default():
+    text = (ROOT / ".env.example").read_text()
+    explained = dict(re.findall(r"^#?([A-Z][A-Z_]+)=(.*)$", text, re.MULTILINE))
+    compose = COMPOSE[1].read_text()
+    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", compose))
+    passed = re.findall(r"^  (HIPRUNE_[A-Z_]+):$", compose, re.MULTILINE)
+    assert set(explained) == set(used) | set(passed)
+    for name, default in used.items():
+        assert default in ("/dev/null", explained[name]), name
+
+
+def test_the_example_is_accepted_as_it_stands(tmp_path):
+    example = tmp_path / ".env"
+    # With every line switched on.
+    lines = re.sub(r"^#([A-Z][A-Z_]+=)", r"\1", (ROOT / ".env.example").read_text(), flags=re.M)
+    example.write_text(lines)
+    ran = run(BIN / "docker-compose", "--env-file", example, "config", "--format", "json")
+    assert ran.returncode == 0, ran.stderr
+    from hiprune_server.config import load
+
+    environment = json.loads(ran.stdout)["services"]["server"]["environment"]
+    load({}, {name: value for name, value in environment.items() if value})
+
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="needs promtool, of Debian's package prometheus"
+)
+
+
+@needs_promtool
+def test_promtool_accepts_the_configuration_and_its_rules():
+    told = passes("promtool", "check", "config", PROMETHEUS / "prometheus.yaml")
+    assert "2 rule files found" in told
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should_and_only_then():
+    passes("promtool", "test", "rules", *sorted((PROMETHEUS / "tests").glob("*.yaml")))
+
+
+def alerts():
+    (group,) = yaml.safe_load((PROMETHEUS / "alerts.rules.yaml").read_text())["groups"]
+    return {rule["alert"]: rule for rule in group["rules"]}
+
+
+def test_every_alert_has_a_test_and_a_place_in_the_runbook():
+    tests = "".join(path.read_text() for path in (PROMETHEUS / "tests").glob("*.yaml"))
+    headings = re.findall(r"^#+ (\w+)$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
+    for name, rule in alerts().items():
+        assert f"alertname: {name}\n        exp_alerts" in tests, name
+        assert rule["annotations"]["runbook"] == f"docs/deploy.md#{name.lower()}"
+        assert name in headings
+
+
+def test_the_dashboard_reads_the_provisioned_source_and_its_panels_do_not_overlap():
+    dashboard = json.loads(DASHBOARD.read_text())
+    source = yaml.safe_load(
+        (ROOT / "deploy/grafana/provisioning/datasources/prometheus.yaml").read_text()
+    )["datasources"][0]
+    chosen = {one["name"]: one for one in dashboard["templating"]["list"]}["datasource"]
+    assert (chosen["query"], chosen["current"]["value"]) == (source["type"], source["uid"])
+    cells = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in cells, panel["title"]
+                cells.add((x, y))
+        assert panel["type"] == "row" or (panel["description"] and panel["targets"])
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

@@ -1,0 +1,56 @@
+"""The check of the documents finds what it is for."""
+
+import re
+
+import pytest
+
+from tests import docs
+
+
+def complaints(tmp_path, text):
+    path = tmp_path / "page.md"
+    path.write_text(text)
+    return [*docs.dead_links(path), *docs.failures(path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("# One two\n[a](#one-two) [b](page.md#one-two) [c](https://nowhere.invalid)", 0),
+        ("[a](nothing.md)", 1),
+        ("# One\n[a](#two)", 1),
+        ("# One\n# One\n[a](#one-1)", 0),
+        ("![a](nothing.png) `[b](nothing)`\n```\n[c](nothing)\n```", 1),
+        ("<!-- docs-check: run -->\n```bash\ntrue\n```", 0),
+        ("<!-- docs-check: run -->\n```bash\nfalse\ntrue\n```", 1),
+        ("```bash\nfalse\n```", 0),
+        ("<!-- docs-check: run -->\n```python\nprint(1)\n```\n"
+         "<!-- docs-check: output -->\n```text\n1\n```", 0),
+        ("<!-- docs-check: run -->\n```python\nprint(1)\n```\n"
+         "<!-- docs-check: output -->\n```text\n2\n```", 1),
+    ],
+)  # fmt: skip
+def test_dead_links_and_failing_commands_are_found(tmp_path, text, found):
+    assert len(complaints(tmp_path, text)) == found
+
+
+def test_no_document_has_a_dead_link():
+    paths = docs.documents()
+    assert docs.ROOT / "README.md" in paths
+    assert not [complaint for path in paths for complaint in docs.dead_links(path)]
+
+
+def test_every_document_is_one_click_from_the_readme():
+    readme = docs.ROOT / "README.md"
+    clicked = {
+        (readme.parent / link.split("#")[0]).resolve() for link in docs.links(readme.read_text())
+    }
+    for path in (docs.ROOT / "docs").glob("*.md"):
+        assert path in clicked, path.name
+
+
+def test_marks_are_spelled_right():
+    for path in docs.documents():
+        text = path.read_text()
+        marks = re.findall(r"^<!-- docs-check: \w+ -->$", text, re.MULTILINE)
+        assert len(marks) == len(docs._MARKED.findall(text)), path.name

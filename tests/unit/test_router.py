@@ -1,0 +1,143 @@
+"""vLLM's own router, with the flags of the manifest, before servers that only say who they are."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+ROUTER = Path(sys.executable).parent / "vllm-router"
+
+
+def manifest():
+    documents = yaml.safe_load_all((ROOT / "deploy/kubernetes/base/router.yaml").read_text())
+    (one,) = [document for document in documents if document["kind"] == "Deployment"]
+    return one["spec"]["template"]["spec"]["containers"][0]
+
+
+class Replica(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        models = {"object": "list", "data": [{"id": "m", "object": "model"}]}
+        self.answer(models if self.path == "/v1/models" else {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        told = {"replica": self.server.server_port, "hiprune": body.get("hiprune")}
+        self.answer(told | {"key": self.headers.get("Authorization"), "path": self.path})
+
+    def answer(self, told):
+        content = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def replica():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Replica)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory):
+    port = free_port()
+    (policy,) = [word for word in manifest()["args"] if word.startswith("--policy=")]
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(replica()) for _ in range(3)]
+        workers = ["--worker-urls", *replicas]
+        log = stack.enter_context((tmp_path_factory.mktemp("router") / "log").open("w"))
+        process = subprocess.Popen(
+            [ROUTER, f"--port={port}", policy, f"--prometheus-port={free_port()}", *workers],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        stack.callback(process.wait, timeout=30)
+        stack.callback(process.terminate)
+        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20))
+        for _ in range(150):
+            time.sleep(0.2)
+            try:
+                if client.get("/readiness").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+        yield client
+
+
+def ask(router, headers, path="/v1/chat/completions", **fields):
+    body = {"model": "m", "messages": [{"role": "user", "content": "What is this?"}]} | fields
+    return router.post(path, headers=headers, json=body).json()
+
+
+@pytest.mark.parametrize("header", ["X-Session-ID", "X-User-ID"])
+def test_a_session_stays_with_one_replica_and_sessions_are_spread(router, header):
+    homes = Counter()
+    for session in range(30):
+        found = {
+            ask(router, {header: f"s{session}"}, user=str(turn))["replica"] for turn in range(4)
+        }
+        assert len(found) == 1
+        homes.update(found)
+    assert len(homes) == 3
+    assert min(homes.values()) >= 3
+
+
+def test_without_a_session_everything_goes_to_one_replica(router):
+    """What docs/deploy.md warns of: the router does not look at pictures."""
+    found = set()
+    for n in range(10):
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{n}" + "A" * 99}}
+        found.add(ask(router, {}, messages=[{"role": "user", "content": [image]}])["replica"])
+    assert len(found) == 1
+
+
+def test_keys_and_budgets_arrive(router):
+    told = ask(router, {"Authorization": "Bearer k"}, hiprune={"tokens": 64})
+    assert (told["key"], told["hiprune"]) == ("Bearer k", {"tokens": 64})
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/hiprune/explain"])
+def test_other_routes_that_read_budgets_are_routed_the_same(router, path):
+    there = ask(router, {"X-Session-ID": "s1"}, path)
+    assert there["path"] == path
+    assert there["replica"] == ask(router, {"X-Session-ID": "s1"})["replica"]
+
+
+def test_the_probes_of_the_manifest_are_answered(router):
+    container = manifest()
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert router.get(container[probe]["httpGet"]["path"]).status_code == 200
+
+
+def test_the_router_knows_every_flag_of_the_manifest():
+    told = subprocess.run([ROUTER, "--help"], capture_output=True, text=True, check=True).stdout
+    for word in manifest()["args"]:
+        if word.startswith("--"):
+            assert f"  {word.split('=')[0]} " in told or f"  {word.split('=')[0]}\n" in told, word
