@@ -18,7 +18,7 @@ from hiprune_server.demo import CHECKPOINT
 from loadtests import geometry
 from loadtests.bench.measure import Run, in_turn, ratio, spread
 from loadtests.bench.prefill import picture
-from loadtests.quality.servers import running
+from loadtests.servers import running
 
 BIN = Path(sys.executable).parent
 LEVELS = (1, 4, 16, 64)
