@@ -26,6 +26,7 @@ def main() -> None:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: computing time on one "
         "thread, for a machine that is not idle (a, b, c, e)",
     )  # fmt: skip
+    parser.add_argument("--text", choices=("small", "1b", "7b"), help="text model in c, d and e")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     asked = parser.parse_args()
     names = asked.only.split(",")
@@ -45,6 +46,7 @@ def main() -> None:
         asked.long or cuda,
         asked.quick,
         asked.clock,
+        asked.text,
     )
     for name in names:
         began = time.monotonic()

@@ -28,6 +28,7 @@ class Run:
         quick: without what takes minutes (a's batch of 8).
         clock: `wall`, or `cpu`: what this process computes, on one thread. For a machine that
             others use, too; servers are always measured by the wall clock.
+        text: size of the text model in c, d and e, a key of `geometry.TEXT_SIZES`.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Run:
     long: bool
     quick: bool = False
     clock: str = "wall"
+    text: str | None = None
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Time of `work`, on an accelerator until it has done it."""
@@ -50,7 +52,9 @@ class Run:
         return now() - began
 
     def largest(self, *sizes: tuple[str, float]) -> str:
-        """The first of these text models whose GiB of memory are free, or the last."""
+        """The text model asked for, or the first of these whose GiB of memory are free."""
+        if self.text is not None:
+            return self.text
         if self.device == "cuda":
             return sizes[0][0]
         free = psutil.virtual_memory().available / 2**30

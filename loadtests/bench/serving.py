@@ -27,7 +27,7 @@ Wish = dict[str, Any] | None
 
 def throughput(run: Run) -> list[dict[str, Any]]:
     """d: requests per second at rising concurrency, full and pruned, no picture twice."""
-    name = "llava-1b" if run.device == "cuda" or run.long else "llava-small"
+    name = f"llava-{run.text or ('1b' if run.device == 'cuda' or run.long else 'small')}"
     checkpoint = geometry.write(name, run.folder / name)
     command = [str(BIN / "hiprune-serve"), str(checkpoint), *_flags(run.dtype, "bench")]
     command += ["--load-format", "dummy"]

@@ -1,5 +1,8 @@
 """The output block run for kept rows only, on a block made like those of the encoders."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +124,17 @@ def test_a_block_that_calls_no_attention_is_an_error_not_a_wrong_answer(states):
     block = Block(attends=False)
     with pytest.raises(RuntimeError, match="version drift"), shortened(block):
         block(states)
+
+
+@torch.no_grad()
+def test_no_tensor_of_the_block_outlives_it(states):
+    """Without the garbage collector: a cycle would hold gigabytes until it runs."""
+    block, alive = Block(), []
+    block.attn.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0])))
+    gc.disable()
+    try:
+        with shortened(block):
+            block(states)
+        assert alive[0]() is None
+    finally:
+        gc.enable()

@@ -12,7 +12,7 @@ the second time with the kept rows, where attention gives what is due to them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,12 +32,21 @@ class Kept:
     rows: torch.Tensor
 
 
-class _AtAttention(Exception):
-    """Leaves a block where its attention is called, with what that was called with."""
+class _Call(NamedTuple):
+    """What attention was called with."""
 
-    def __init__(self, query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    options: dict[str, Any]
+
+
+class _AtAttention(Exception):
+    """Leaves a block where its attention is called."""
+
+    def __init__(self, call: _Call) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.options = query, key, value, options
+        self.call = call
 
 
 @contextmanager
@@ -71,7 +80,8 @@ def kept_only(
             try:
                 run(states, *args, **kwargs)
             except _AtAttention as at:
-                seen = at
+                # Not the exception itself: its traceback would keep every tensor of the block.
+                seen = at.call
             else:
                 raise RuntimeError("version drift: the output block did not call its attention")
         kept = choose()
@@ -97,12 +107,14 @@ def kept_only(
         yield
 
 
-def _leave(query: Any, key: Any, value: Any, **options: Any) -> None:
-    raise _AtAttention(query, key, value, options)
+def _leave(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    raise _AtAttention(_Call(query, key, value, options))
 
 
 def _attended(
-    attention: Any, seen: _AtAttention, kept: Sequence[Kept], rows: torch.Tensor, within: bool
+    attention: Any, seen: _Call, kept: Sequence[Kept], rows: torch.Tensor, within: bool
 ) -> torch.Tensor:
     """Attention's result for the kept rows, (kept, ...), by vLLM's own kernel.
 
@@ -112,7 +124,7 @@ def _attended(
     if not (within and attention.attn_backend.name == "TORCH_SDPA"):
         result: torch.Tensor = attention.forward(seen.query, seen.key, seen.value, **seen.options)
         return result.flatten(0, 1)[rows]
-    query, key, value = (x.flatten(0, 1) for x in (seen.query, seen.key, seen.value))
+    query, key, value = (x.flatten(0, 1) for x in seen[:3])
     parts = []
     for image in kept:
         # Without `cu_seqlens` one row of the batch is one image.
