@@ -209,7 +209,10 @@ def _table(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> st
             "cancelled, slow"]  # fmt: skip
     return page.section(
         "All cells",
-        page.paragraph("Percentiles 50 / 90 / 99 in ms."),
+        page.paragraph(
+            "Percentiles 50 / 90 / 99 in ms. Of fewer than 100 requests the 99th is close to the "
+            "slowest one."
+        ),
         page.table(head, latency),
         page.paragraph(
             "Gains are against the full budget under the same load: mean prefill, median time to "
