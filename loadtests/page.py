@@ -16,7 +16,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child, .facts td { text-align: left; }
-thead th { background: var(--soft); }
+thead th { background: var(--soft); white-space: normal; vertical-align: bottom; }
 .wide { overflow-x: auto; } svg { max-width: 100%; height: auto; }
 .facts td { white-space: normal; overflow-wrap: anywhere; }
 .facts td:first-child { white-space: nowrap; }
@@ -28,7 +28,8 @@ small, .soft { opacity: 0.75; } figure { margin: 0 0 1rem; }
 .warn { border-left: 4px solid #d0781f; padding: 0 1rem; background: var(--soft); }
 .warn h2 { margin-top: 0; padding-top: 0.6rem; } .warn ul { padding-bottom: 0.6rem; }
 @media print { body { max-width: none; margin: 0; } h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; } }
+  figure, tr { break-inside: avoid; } .wide { overflow: visible; }
+  table { font-size: 0.7rem; } th, td { padding: 0.15rem 0.3rem; white-space: normal; } }
 """
 
 

@@ -176,6 +176,7 @@ def _verdict(
             f"prefill {report.ms(row['prefill_p50'] or row['engine_prefill']):>6} ms"
             + (f"  {row['failed']} failed" if row["failed"] else "")
             + (f"  !! {row['bottleneck']}" if row["bottleneck"] else "")
+            + ("  !! the machine was busy with other work" if row["crowded"] else "")
         )
     say(f"wrote {given.out / 'report.html'}")
     for line in missed:

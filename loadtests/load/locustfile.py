@@ -157,7 +157,9 @@ def watch(environment: Environment) -> None:
         lags.append(max(0.0, now - slept - LAG_EVERY_S))
         if now - since >= HEALTH_EVERY_S:
             used = sum(process.cpu_times()[:2])
-            health.add({"at": now, "cpu": (used - spent) / (now - since), "lags": lags})
+            waiting = os.getloadavg()[0] / (os.cpu_count() or 1)
+            cpu = (used - spent) / (now - since)
+            health.add({"at": now, "cpu": cpu, "lags": lags, "waiting": waiting})
             lags, spent, since = [], used, now
             if environment.runner and not psutil.pid_exists(sweep):
                 environment.runner.quit()  # or it would go on for ever

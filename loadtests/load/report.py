@@ -108,6 +108,12 @@ def _warnings(rows: Sequence[Mapping[str, Any]], cache_hits: bool) -> str:
             lines.append(
                 f"{name(row)}: the load generator may be what was measured: {row['bottleneck']}."
             )
+        if row["crowded"]:
+            lines.append(
+                f"{name(row)}: the load generator's machine had {row['machine_load']:.1f} threads "
+                "running or waiting for each core: other work was in the way, and if the server "
+                "runs there too, its numbers mean little."
+            )
         for key, cache in (("hits_prefix", "prefix"), ("hits_pictures", "picture")):
             if not cache_hits and (row[key] or 0) > CACHED:
                 lines.append(
@@ -209,7 +215,10 @@ def _table(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> st
             "cancelled, slow"]  # fmt: skip
     return page.section(
         "All cells",
-        page.paragraph("Percentiles 50 / 90 / 99 in ms."),
+        page.paragraph(
+            "Percentiles 50 / 90 / 99 in ms. Of fewer than 100 requests the 99th is close to the "
+            "slowest one."
+        ),
         page.table(head, latency),
         page.paragraph(
             "Gains are against the full budget under the same load: mean prefill, median time to "
@@ -278,13 +287,14 @@ def _honesty(rows: Sequence[Mapping[str, Any]]) -> str:
             _share(row["generator_cpu"]),
             ms(row["lag_p99"]),
             ms(row["lag_max"]),
+            _number(row["machine_load"], ".1f"),
             row["made_meanwhile"],
             _share(row["hits_prefix"]),
             _share(row["hits_pictures"]),
         ]
         for row in rows
     ]
-    head = ("budget @ load", "CPU, of a core", "late p99, ms", "late max, ms",
+    head = ("budget @ load", "CPU, of a core", "late p99, ms", "late max, ms", "load per core",
             "made meanwhile", "prefix hits", "picture hits")  # fmt: skip
     return page.section(
         "Load generator and caches",

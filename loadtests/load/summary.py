@@ -23,6 +23,9 @@ BUSY = 0.8
 LATE = 0.1
 """Share of the median time to first token that the load generator may be late by."""
 LATE_S = 0.01
+CROWDED = 3.0
+"""Load average for each core from which other work must be in the way: engine, API server and load
+generator together keep about three threads busy."""
 
 
 def values(records: Sequence[Record], metric: str) -> list[float]:
@@ -203,6 +206,7 @@ def health(runs: Sequence[Run], ttft: float | None, made: int) -> dict[str, Any]
     """How the load generator fared, and whether it may have been what was measured."""
     cpu = [mean([s["cpu"] for s in samples]) for run in runs for samples in run.health.values()]
     lags = [lag for run in runs for per in run.health.values() for s in per for lag in s["lags"]]
+    loads = [s["waiting"] for run in runs for per in run.health.values() for s in per]
     extra = 0
     if not runs[0].cell.asking.cache_hits:
         extra = sum(record.picture >= made for run in runs for record in run.records)
@@ -211,6 +215,7 @@ def health(runs: Sequence[Run], ttft: float | None, made: int) -> dict[str, Any]
         "lag_p99": percentile(lags, 99),
         "lag_max": max(lags, default=None),
         "made_meanwhile": extra,
+        "machine_load": mean(loads),
     }
     told = []
     if found["generator_cpu"] is not None and found["generator_cpu"] > BUSY:
@@ -221,4 +226,6 @@ def health(runs: Sequence[Run], ttft: float | None, made: int) -> dict[str, Any]
     if extra:
         told.append(f"{extra} pictures had to be made during the load")
     found["bottleneck"] = "; ".join(told)
+    crowd = found["machine_load"]
+    found["crowded"] = crowd is not None and crowd > CROWDED
     return found

@@ -267,7 +267,7 @@ def test_the_load_generator_says_when_it_is_the_bottleneck():
     def told(cpu, lag, ttft=0.5, number=0):
         run = Run(cell(), [record(1, ttft=ttft)], 0.0, 5.0)
         run.records[0].picture = number
-        run.health = {"1": [{"at": 1, "cpu": cpu, "lags": [lag] * 50}]}
+        run.health = {"1": [{"at": 1, "cpu": cpu, "lags": [lag] * 50, "waiting": 1.0}]}
         return summary.row([run], {}, 10)["bottleneck"]
 
     assert told(0.5, 0.02) == ""
@@ -275,6 +275,16 @@ def test_the_load_generator_says_when_it_is_the_bottleneck():
     assert "60 ms late" in told(0.5, 0.06)
     assert told(0.5, 0.009, ttft=0.01) == ""
     assert "1 pictures had to be made" in told(0.5, 0.0, number=10)
+
+
+def test_a_machine_that_is_busy_with_other_work_is_named():
+    def crowded(waiting):
+        run = Run(cell(), [record(1)], 0.0, 5.0)
+        run.health = {"1": [{"at": 1, "cpu": 0.1, "lags": [0.0], "waiting": waiting}]}
+        return summary.row([run], {}, 10)["crowded"]
+
+    assert crowded(7.0)
+    assert not crowded(2.0)
 
 
 # The engine's view
