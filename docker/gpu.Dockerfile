@@ -31,7 +31,7 @@ RUN --mount=type=bind,from=build,source=/src/dist,target=/mnt/dist \
     && /mnt/bin/uv pip install --offline --no-cache --python "$python" --break-system-packages \
         --no-deps --compile-bytecode /mnt/dist/*.whl \
     && { /mnt/bin/uv pip check --offline --no-cache --python "$python" > /tmp/check 2>&1 || true; } \
-    && if grep -i hiprune /tmp/check; then exit 1; fi \
+    && if grep hiprune-vllm /tmp/check; then exit 1; fi \
     && rm /tmp/check
 # All that is written at run time goes to the home, a volume, or to the temporary folder.
 ENV HOME=/var/cache/hiprune \

@@ -234,3 +234,23 @@ def test_the_dashboard_reads_the_provisioned_source_and_its_panels_do_not_overla
                 cells.add((x, y))
         assert panel["type"] == "row" or (panel["description"] and panel["targets"])
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+
+
+def test_the_workflow_is_valid_and_safe():
+    passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW)
+    passes(BIN / "zizmor", "--offline", "--no-progress", WORKFLOW)
+
+
+def test_the_workflow_runs_what_a_desk_runs_with_pinned_actions_on_three_pythons():
+    workflow = yaml.safe_load(WORKFLOW.read_text())
+    job = workflow["jobs"]["test"]
+    assert any(".ci/run" in step.get("run", "") for step in job["steps"])
+    minors = [version.rpartition(".")[0] for version in job["strategy"]["matrix"]["python"]]
+    assert minors == ["3.11", "3.12", "3.13"]
+    used = re.findall(r"uses: (\S+)", WORKFLOW.read_text())
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), f"{action} is not pinned"
