@@ -49,7 +49,7 @@ def soak(url: str, seconds: int, concurrency: int) -> dict[str, Any]:
     """Loads the server at `url`; the first quarter of the time is the warm-up.
 
     Returns:
-        Requests, errors, `memory_mib` (time in s and proportional set size in MiB, in all) and
+        Requests, errors, `memory_mib` (time in s and what `used` says) and
         `growth`, the share by which the median of the last quarter is above that of the second.
     """
     numbers, began = count(), time.monotonic()
@@ -111,14 +111,20 @@ def request(number: int) -> dict[str, Any]:
 
 
 def used() -> float:
-    """Proportional set size of all processes below this one, MiB."""
+    """Memory of all processes below this one, MiB: what they allocated, shared parts counted once.
+
+    Pages of files (libraries, the checkpoint) are left out: their share depends on who else on
+    this machine has the same files open.
+    """
     total = 0
     for process in psutil.Process(os.getpid()).children(recursive=True):
         try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
+            told = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        except OSError:  # it has just ended
             continue
-    return float(total / 2**20)
+        sizes = dict(line.split(":", 1) for line in told.splitlines() if line.startswith("Pss_"))
+        total += sum(int(sizes[kind].split()[0]) for kind in ("Pss_Anon", "Pss_Shmem"))
+    return total / 2**10
 
 
 if __name__ == "__main__":
