@@ -27,6 +27,15 @@ _DEMO_FLAGS = {
     "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
 }
 
+_DEMO_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; hundreds of requests
+    # Each number of tokens has compiled primitives of 256 KiB; oneDNN's own default keeps 1,024.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    # In the engine's processes glibc gives freed buffers of 1 MiB and more back. It would keep them
+    # for later, in holes between what lives long, and their memory would grow without a leak.
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+}
+
 DRAIN_S = 30
 """Seconds that requests have to finish once the server is told to stop; vLLM's own default is 0."""
 KEYS = tuple(setting.key for setting in SETTINGS)
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own.demo:
         flags = [flag + v for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
         rest = [str(demo.CHECKPOINT), *flags, *rest]
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; hundreds of demo requests
+        os.environ.update(_DEMO_ENVIRONMENT | os.environ)
     if not _has_flag(rest, "--shutdown-timeout"):
         rest = [*rest, f"--shutdown-timeout={DRAIN_S}"]
     # The workers' metrics reach vLLM's /metrics through files; with several API server processes

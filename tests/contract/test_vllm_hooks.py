@@ -194,6 +194,10 @@ def test_processor_inputs_have_the_fields_that_are_copied():
     assert "replacement" in {f.name for f in fields(PromptReplacement)}
 
 
+def test_identities_can_be_had_without_the_models_name():
+    assert parameters(ProcessorInputs.get_mm_hashes) == ["self", "model_id", "hash_algorithm"]
+
+
 def test_hashes_take_any_keyword():
     digest = MultiModalHasher.hash_kwargs("blake3", identity="a", hiprune=[1, 2])
     assert re.fullmatch(r"[0-9a-f]{64}", digest)

@@ -121,8 +121,9 @@ def test_a_stream_that_outlasts_the_drain_does_not_keep_the_server(start):
         assert not reader.is_alive()
 
 
-def test_a_killed_engine_takes_the_server_down_so_that_it_is_restarted(start):
-    with start() as server:
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_killed_engine_takes_the_server_down_so_that_it_is_restarted(start, processes):
+    with start("--api-server-count", processes) as server:
         root, cores = engines(server)
         assert cores
         reader, _ = reading(server)

@@ -287,9 +287,14 @@ class PrunedProcessor(BaseMultiModalProcessor):
         meet an entry of another length.
         """
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        sources = hashes["image"]
+        if any(budget.method == "random" for budget in budgets):
+            # vLLM's identity has the model's name in it, which may be a folder: without it the
+            # draw for a picture is the same wherever the checkpoint lies.
+            sources = plain.get_mm_hashes("", algorithm)["image"]
         items = []
-        for identity, budget in zip(hashes["image"], budgets, strict=True):
-            seed = int(MultiModalHasher.hash_kwargs(algorithm, seed=identity)[:15], 16)
+        for identity, source, budget in zip(hashes["image"], sources, budgets, strict=True):
+            seed = int(MultiModalHasher.hash_kwargs(algorithm, seed=source)[:15], 16)
             seeded = with_seed(budget, seed)
             final = MultiModalHasher.hash_kwargs(
                 algorithm, identity=identity, hiprune=list(seeded.to_ints())
