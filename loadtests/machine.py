@@ -13,3 +13,12 @@ def processor() -> str:
     except (OSError, StopIteration):
         name = platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16: without them it is emulated, slowly."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -22,7 +22,7 @@ import psutil
 from PIL import Image
 
 from hiprune_server.demo.world import scene
-from loadtests.servers import demo_server
+from loadtests.demo import demo_server
 
 EVERY_S = 10
 SMALL_CACHES = ("--mm-processor-cache-gb", "0.25", "--num-gpu-blocks-override", "512")

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from loadtests.bench.measure import Run
 from loadtests.bench.suite import BENCHMARKS, measure
+from loadtests.machine import multiplies_bfloat16
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description=__doc__)
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="such as a,b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument(
+        "--dtype", help="default: bfloat16 where there are instructions for it, else float32"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--long", action="store_true", help="also the sizes that take a CPU hours; with --device "
         "cuda always",
@@ -33,7 +36,7 @@ def main() -> None:
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"--only must be of {','.join(BENCHMARKS)}, got {','.join(sorted(unknown))}")
     cuda = asked.device == "cuda"
-    dtype = asked.dtype or ("bfloat16" if cuda else "float32")
+    dtype = asked.dtype or ("bfloat16" if cuda or multiplies_bfloat16() else "float32")
     asked.folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if asked.clock == "cpu":

@@ -14,6 +14,9 @@ from typing import Any
 import psutil
 import torch
 
+TEXT_PARAMETERS = {"small": 0.11, "1b": 1.1, "7b": 6.7}
+"""Thousand million parameters of `geometry.TEXT_SIZES`."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,14 +54,19 @@ class Run:
             torch.cuda.synchronize()
         return now() - began
 
-    def largest(self, *sizes: tuple[str, float]) -> str:
-        """The text model asked for, or the first of these whose GiB of memory are free."""
+    def largest(self, *sizes: str) -> str:
+        """The text model asked for, or the first of these that fits into the free memory."""
         if self.text is not None:
             return self.text
         if self.device == "cuda":
-            return sizes[0][0]
+            return sizes[0]
         free = psutil.virtual_memory().available / 2**30
-        return next((size for size, gib in sizes if gib < free), sizes[-1][0])
+        return next((size for size in sizes if self._gib(size) < free), sizes[-1])
+
+    def _gib(self, size: str) -> float:
+        """What an engine with this text model takes: weights, a tower, cache and the program."""
+        width: int = getattr(torch, self.dtype).itemsize
+        return 1.1 * TEXT_PARAMETERS[size] * 1e9 * width / 2**30 + 6
 
 
 def progress(text: str) -> None:

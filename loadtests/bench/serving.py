@@ -62,9 +62,10 @@ def throughput(run: Run) -> list[dict[str, Any]]:
 
 def overhead(run: Run) -> list[dict[str, Any]]:
     """f: our chat route against vLLM's own server of the same checkpoint, nothing pruned."""
-    flags = [str(CHECKPOINT), *_flags(run.dtype, "bench")]
-    ours = [str(BIN / "hiprune-serve"), *flags]
-    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    flags = _flags(run.dtype, "bench")
+    ours = [str(BIN / "hiprune-serve"), str(CHECKPOINT), *flags]
+    module = "vllm.entrypoints.openai.api_server"
+    plain = [sys.executable, "-m", module, "--model", str(CHECKPOINT), *flags]
     environment = _environment()
     without = environment | {"VLLM_PLUGINS": ""}
     numbers = iter(range(10**6))
@@ -81,7 +82,7 @@ def overhead(run: Run) -> list[dict[str, Any]]:
 
         times = in_turn({name: first(url) for name, url in urls.items()}, 2 * run.rounds, name="f")
         rates = in_turn(
-            {name: partial(_rate, url, 4, 32, None, numbers) for name, url in urls.items()},
+            {name: partial(_rate, url, 4, 48, None, numbers) for name, url in urls.items()},
             2 * run.rounds,
             name="f, concurrency 4",
         )

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep.
 
     Returns:
-        0; 1 where an SLO was missed or a cell shows nothing; 2 where it could not start; 130 where
-        it was interrupted (the report has the cells that were done).
+        0; 1 where an SLO was missed or a cell was not measured; 2 where it could not start; 130
+        where it was interrupted (the report has the cells that were done).
     """
     given = arguments(argv)
     try:
@@ -46,17 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             cache_hits=given.allow_cache_hits,
             seed=given.seed,
         )
-        earlier = json.loads(given.compare.read_text()) if given.compare else None
         server = preflight.check(given.url, headers(), wanted, given.budgets, source, say)
-    except (RuntimeError, ValueError) as error:
+        began = time.monotonic()
+        wanted = replace(wanted, model=server.model)
+        given.out.mkdir(parents=True, exist_ok=True)
+        made = _pictures(given, server, source)
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    began = time.monotonic()
-    wanted = replace(wanted, model=server.model)
-    given.out.mkdir(parents=True, exist_ok=True)
-    made = _pictures(given, server, source)
     runs, interrupted = _cells(given, wanted)
     if not runs:
         return 130
@@ -64,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = summary.rows(runs, slo.per_request(limits), made)
     missed = slo.missed(rows, limits)
     facts = _facts(given, server, time.monotonic() - began)
+    earlier = given.earlier
     report.write(
         given.out,
         rows=rows,
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         differences=compare.differences(earlier["facts"], facts) if earlier else [],
         cache_hits=given.allow_cache_hits,
     )
-    return _verdict(given, rows, missed, interrupted)
+    return _verdict(given, rows, missed, runs, interrupted)
 
 
 def _pictures(given: argparse.Namespace, server: preflight.Server, source: Source) -> int:
@@ -99,8 +99,8 @@ def _cells(given: argparse.Namespace, wanted: Asking) -> tuple[list[Run], bool]:
     name = f"{time.time_ns():x}"
     progress = Progress(len(order), given.warm_up + given.duration)
     runs: list[Run] = []
-    for number, (budget, load) in enumerate(order):
-        cell = Cell(
+    cells = [
+        Cell(
             number=number,
             run=name,
             budget=budget,
@@ -113,16 +113,21 @@ def _cells(given: argparse.Namespace, wanted: Asking) -> tuple[list[Run], bool]:
             asking=wanted,
             in_flight=given.in_flight,
         )
+        for number, (budget, load) in enumerate(order)
+    ]
+    for number, cell in enumerate(cells):
         progress.begin(number + 1, cell.name)
         try:
-            if running.wait_until_idle(given.url, headers(), given.recover) is None:
+            idle = running.wait_until_idle(given.url, headers(), given.recover)
+            if idle is None:
                 progress.show(f"the server has not answered for {given.recover:g} s", last=True)
-                gone = Run(cell, trouble="not measured: the server did not come back")
-                return [*runs, gone], False
+                gone = "not measured: the server did not come back"
+                return [*runs, *(Run(left, trouble=gone) for left in cells[number:])], False
             run = running.run(cell, length, headers(), given.processes, progress.phase)
         except KeyboardInterrupt:
             say("\nstopped: the report has the cells that were done")
             return runs, True
+        run.busy = idle.under_way > 0
         progress.end(run)
         runs.append(run)
     return runs, False
@@ -166,14 +171,14 @@ def _facts(given: argparse.Namespace, server: preflight.Server, seconds: float) 
 
 def _verdict(
     given: argparse.Namespace, rows: Sequence[dict[str, Any]], missed: Sequence[str],
-    interrupted: bool,
+    runs: Sequence[Run], interrupted: bool,
 ) -> int:  # fmt: skip
     say("")
     for row in rows:
         say(
             f"{report.name(row):>16}  {row['requests']:5d} requests  "
             f"{row['rps'] or 0:6.2f}/s  first token {report.ms(row['ttft_p50']):>6} ms  "
-            f"prefill {report.ms(row['prefill_p50'] or row['engine_prefill']):>6} ms"
+            + _prefill(row)
             + (f"  {row['failed']} failed" if row["failed"] else "")
             + (f"  !! {row['bottleneck']}" if row["bottleneck"] else "")
             + ("  !! the machine was busy with other work" if row["crowded"] else "")
@@ -184,9 +189,19 @@ def _verdict(
     nothing = [report.name(row) for row in rows if not row["requests"]]
     if nothing:
         say(f"FAILED: no request was answered in {', '.join(nothing)}")
+    troubles = [f"{run.cell.name}: {run.trouble}" for run in runs if run.trouble]
+    for line in troubles:
+        say(f"FAILED: {line}")
     if interrupted:
         return 130
-    return 1 if missed or nothing else 0
+    return 1 if missed or nothing or troubles else 0
+
+
+def _prefill(row: dict[str, Any]) -> str:
+    """Its median, or the engine's mean where it is not told for each request."""
+    if row["prefill_p50"] is None and row["engine_prefill"] is not None:
+        return f"prefill {report.ms(row['engine_prefill']):>6} ms (mean)"
+    return f"prefill {report.ms(row['prefill_p50']):>6} ms"
 
 
 if __name__ == "__main__":

@@ -158,10 +158,10 @@ def stream(
     record.outcome = CUT
     last = 0.0
     while line := readline(b"\n"):
-        if slow:
-            gevent.sleep(SLOW_READ_S)
         if not line.startswith(b"data:"):
             continue
+        if slow:
+            gevent.sleep(SLOW_READ_S)
         now = time.monotonic()
         text = line[5:].strip()
         if text == b"[DONE]":

@@ -51,6 +51,11 @@ def span(text: str) -> tuple[int, int]:
     return low, high
 
 
+def server(url: str) -> str:
+    """A server's URL without a slash or `/v1` at its end."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def plan(budget: str) -> dict[str, Any]:
     """The `hiprune` object of a budget: `full`, tokens (`64`), a ratio (`0.25`) or JSON.
 

@@ -129,9 +129,8 @@ class Between:
         asked = self.counted(f"{CACHES[cache]}_queries_total")
         return self.counted(f"{CACHES[cache]}_hits_total") / asked if asked else None
 
-    def encoder(self) -> float | None:
-        """Seconds of the vision encoder for each finished request; None where not measured."""
-        requests = self.counted(f"{PHASES['prefill']}_count")
-        if not requests or f"{ENCODER}_sum" not in self.after.values:
+    def encoder_seconds(self) -> float | None:
+        """Seconds of the vision encoder; None where they are not measured."""
+        if f"{ENCODER}_sum" not in self.after.values:
             return None
-        return self.counted(f"{ENCODER}_sum") / requests
+        return self.counted(f"{ENCODER}_sum")

@@ -5,6 +5,7 @@ locust -f loadtests/load/locustfile.py --host http://127.0.0.1:8000      # or: m
 
 import contextlib
 import json
+import logging
 import os
 import random
 import time
@@ -20,18 +21,29 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import WorkerRunner
 
-from loadtests.load import asking, pictures
+from loadtests.load import asking, pictures, preflight
 from loadtests.load.asking import Client
-from loadtests.load.cells import Asking, Cell, plan, span
+from loadtests.load.cells import Asking, Cell, plan, server, span
 from loadtests.load.credentials import headers
 from loadtests.load.records import NOT_ERRORS, UNSENT, Record
+from loadtests.load.running import LAG_EVERY_S
 
 CELL = Cell.read(Path(os.environ["LOAD_CELL"])) if "LOAD_CELL" in os.environ else None
 BACK_OFF_S = 0.5
 """How long a user waits after an error: a server that is not there is not to be hammered."""
 PRIORITY = -10
-LAG_EVERY_S = 0.02
 HEALTH_EVERY_S = 1.0
+
+
+def index(environment: Environment) -> int:
+    """Which of Locust's workers this process is, from 0."""
+    runner = environment.runner
+    return max(runner.worker_index, 0) if isinstance(runner, WorkerRunner) else 0
+
+
+def processes(environment: Environment) -> int:
+    """How many workers there are."""
+    return max(1, getattr(environment.parsed_options, "processes", None) or 1)
 
 
 class Pictures:
@@ -39,10 +51,7 @@ class Pictures:
 
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
-        runner = environment.runner
-        worker = runner.worker_index if isinstance(runner, WorkerRunner) else 0
-        step = max(1, getattr(options, "processes", None) or 1)
-        self._numbers = count(max(worker, 0), step)
+        self._numbers = count(index(environment), processes(environment))
         self._pool = pictures.Pool(Path(CELL.pool)) if CELL else None
         self._again = CELL is not None and CELL.asking.cache_hits
         chosen: Any = CELL or options
@@ -80,22 +89,17 @@ class Worker:
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
         self.environment = environment
-        self.asking = (
-            CELL.asking
-            if CELL
-            else Asking(
-                options.model,
-                answer=span(options.answer_tokens),
-                question=span(options.question_words),
-            )
-        )
+        url = CELL.url if CELL else server(environment.host or "")
+        self.asking = CELL.asking if CELL else _asked_on_page(options, url)
         self.budgets = [CELL.budget] if CELL else options.budgets.split()
+        for budget in self.budgets:
+            plan(budget)
         self.pictures = Pictures(environment)
-        url = CELL.url if CELL else (environment.host or "").rstrip("/")
         self.client = Client(url, headers(), self.asking.timeout_s)
         self.requests = Written("requests")
-        self.dice = random.Random(f"{self.asking.seed} {os.getpid()}")
-        self.under_way = 0
+        # The same arrivals and cancellations in every cell.
+        self.dice = random.Random(f"{self.asking.seed} {index(environment)}")
+        self.under_way: dict[int, float] = {}
 
     def ask(self, started: float | None = None) -> Record:
         """One request from its picture to its record."""
@@ -109,7 +113,11 @@ class Worker:
         cancel = fate < self.asking.cancelled
         slow = not cancel and fate < self.asking.cancelled + self.asking.slow
         record = Record(number, time.monotonic() if started is None else started)
-        self.client.ask(wished, record, cancel=cancel, slow=slow)
+        self.under_way[id(record)] = record.started
+        try:
+            self.client.ask(wished, record, cancel=cancel, slow=slow)
+        finally:
+            del self.under_way[id(record)]
         self.note(record, budget)
         return record
 
@@ -133,9 +141,25 @@ class Worker:
                      response_length=0, exception=None)  # fmt: skip
 
 
+def _asked_on_page(options: Any, url: str) -> Asking:
+    """What the fields of Locust's page say."""
+    return Asking(
+        options.model or next(iter(preflight.models(url, headers()))),
+        answer=span(options.answer_tokens),
+        question=span(options.question_words),
+    )
+
+
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    Worker.current = Worker(environment)
+    try:
+        Worker.current = Worker(environment)
+    except (ValueError, RuntimeError, OSError) as error:
+        # A field of the page is wrong, or no server is there: its log and its page say so.
+        logging.getLogger(__name__).error("%s", error)
+        if environment.runner:
+            gevent.spawn(environment.runner.stop)
+        return
     if CELL:
         # On the server's own machine it would otherwise wait for the engine's threads, and their
         # time slices would be what it measures. It needs little and may not have the right to.
@@ -159,7 +183,10 @@ def watch(environment: Environment) -> None:
             used = sum(process.cpu_times()[:2])
             waiting = os.getloadavg()[0] / (os.cpu_count() or 1)
             cpu = (used - spent) / (now - since)
-            health.add({"at": now, "cpu": cpu, "lags": lags, "waiting": waiting})
+            open_since = list(Worker.current.under_way.values())
+            health.add(
+                {"at": now, "cpu": cpu, "lags": lags, "waiting": waiting, "open": open_since}
+            )
             lags, spent, since = [], used, now
             if environment.runner and not psutil.pid_exists(sweep):
                 environment.runner.quit()  # or it would go on for ever
@@ -186,23 +213,19 @@ class Arrivals(User):
     def arrive(self) -> None:
         assert CELL is not None
         worker = Worker.current
-        options: Any = worker.environment.parsed_options
-        rate = CELL.load.amount / max(1, options.processes or 1)
+        workers = processes(worker.environment)
+        rate = CELL.load.amount / workers
+        most = max(1, CELL.in_flight // workers)
         due = time.monotonic()
         while True:
             due += worker.dice.expovariate(rate)
             gevent.sleep(max(0.0, due - time.monotonic()))
-            if worker.under_way >= CELL.in_flight:
+            if len(worker.under_way) >= most:
                 late = Record(-1, due, time.monotonic(), UNSENT)
                 worker.note(late, CELL.budget)
                 continue
-            worker.under_way += 1
             # From when it was due, so that a load generator that is late shows.
-            gevent.spawn(worker.ask, due).link(_ended)
-
-
-def _ended(_: gevent.Greenlet) -> None:
-    Worker.current.under_way -= 1
+            gevent.spawn(worker.ask, due)
 
 
 if CELL is not None and CELL.load.kind == "stages":
@@ -227,7 +250,7 @@ def arguments(parser: LocustArgumentParser) -> None:
         return
     for name, default, told in (
         ("--budgets", "full 64", "budgets, taken in turn: full, tokens, a ratio"),
-        ("--model", os.environ.get("LOAD_MODEL", "hiprune-demo"), "served model"),
+        ("--model", "", "served model (empty: the first that the server lists)"),
         ("--images", pictures.PHOTOS, "photos, or a folder of pictures"),
         ("--sizes", pictures.SIZES, "sizes of the pictures as a distribution"),
         ("--question-words", "6", "length of the question, or a range such as 6-40"),

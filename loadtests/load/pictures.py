@@ -52,7 +52,7 @@ class Source:
         seed: another seed, other pictures.
 
     Raises:
-        ValueError: the folder has no pictures.
+        ValueError: the folder has no pictures; later, that one of them cannot be read.
     """
 
     def __init__(self, origin: str, sizes: Sizes, seed: int = 0) -> None:
@@ -77,8 +77,11 @@ class Source:
         dice = np.random.default_rng([self._seed, number + 2**31, attempt])
         original = self._originals[int(dice.integers(len(self._originals)))]
         if isinstance(original, Path):
-            with Image.open(original) as file:
-                original = file.convert("RGB")
+            try:
+                with Image.open(original) as file:
+                    original = file.convert("RGB")
+            except OSError as error:
+                raise ValueError(f"IMAGES has {original}, which cannot be read: {error}") from None
         width, height = self._sizes[int(dice.choice(len(self._sizes), p=self._weights))]
         # The largest part of the wanted shape, and of that between a half and all of each side.
         scale = min(original.width / width, original.height / height) * dice.uniform(0.5, 1.0)

@@ -57,22 +57,10 @@ def check(
         RuntimeError: there is no such server, it has another model, knows no budgets or refuses
             one of them; the message says what to do.
     """
-    try:
-        listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=30)
-    except httpx.TransportError as error:
-        raise RuntimeError(
-            f"no server answers at {url} ({error}): start one (make serve) or set HOST and PORT"
-        ) from None
-    if listed.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise RuntimeError(f"{url} wants a key: put it into {VARIABLE}")
-    if not listed.is_success:
-        raise RuntimeError(
-            f"{url} must be an OpenAI-compatible server, GET /v1/models says {listed.status_code}"
-        )
-    models = {one["id"]: one.get("max_model_len") for one in listed.json()["data"]}
-    model = wanted.model or next(iter(models))
-    if model not in models:
-        raise RuntimeError(f"{url} serves {', '.join(models)}, not {model}: set MODEL")
+    served = models(url, headers)
+    model = wanted.model or next(iter(served))
+    if model not in served:
+        raise RuntimeError(f"{url} serves {', '.join(served)}, not {model}: set MODEL")
     told = servers.about(url, headers)
     seen = engine.scrape(url, headers)
     alone = {}
@@ -94,12 +82,43 @@ def check(
         url=url,
         told=told,
         model=model,
-        longest=models[model],
+        longest=served[model],
         cache=seen.info if seen else {},
         engine=seen is not None and f"{engine.PHASES['prefill']}_count" in seen.values,
         alone=alone,
         per_request=record.prefill is not None,
     )
+
+
+def models(url: str, headers: dict[str, str]) -> dict[str, int | None]:
+    """Served name -> context length in tokens, where the server says so; one at least.
+
+    Raises:
+        RuntimeError: there is no such server, or it wants a key.
+    """
+    try:
+        listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=30)
+    except httpx.InvalidURL as error:
+        raise RuntimeError(f"{url} is no address of a server: {error}") from None
+    except httpx.TransportError as error:
+        raise RuntimeError(
+            f"no server answers at {url} ({error}): start one (make serve) or set HOST and PORT"
+        ) from None
+    if listed.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise RuntimeError(f"{url} wants a key: put it into {VARIABLE}")
+    if not listed.is_success:
+        raise RuntimeError(
+            f"{url} must be an OpenAI-compatible server, GET /v1/models says {listed.status_code}"
+        )
+    try:
+        found = {one["id"]: one.get("max_model_len") for one in listed.json()["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RuntimeError(
+            f"{url} must be an OpenAI-compatible server, its /v1/models is no list of models"
+        ) from None
+    if not found:
+        raise RuntimeError(f"{url} serves no model")
+    return found
 
 
 def pictures_needed(server: Server, loads: Sequence[tuple[str, Any]], seconds: float) -> int:

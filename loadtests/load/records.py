@@ -15,6 +15,8 @@ IN_STREAM: Final = "error in the stream"
 UNREADABLE: Final = "unreadable answer"
 NO_REPORT: Final = "no hiprune report"
 UNSENT: Final = "not sent: too many under way"
+UNANSWERED: Final = "no answer"
+"""Still under way at the end of the window, for longer than any that ended by far."""
 
 
 @dataclass

@@ -222,7 +222,7 @@ def _table(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> st
         page.table(head, latency),
         page.paragraph(
             "Gains are against the full budget under the same load: mean prefill, median time to "
-            "first token, requests a second."
+            "first token, requests a second. Failed includes what waited in vain until the end."
         ),
         page.table(more, second),
     )
@@ -252,6 +252,11 @@ def _slos(limits: Mapping[str, float], missed: Sequence[str]) -> str:
 def _changes(changes: Sequence[Mapping[str, Any]] | None, differences: Sequence[str]) -> str:
     if changes is None:
         return ""
+    if not changes:
+        return page.section(
+            "Against the earlier sweep",
+            page.paragraph("The two have no budget under the same load in common."),
+        )
     other = "".join(f"<li>{escape(line)}</li>" for line in differences)
     lines = []
     for change in changes:
@@ -320,7 +325,7 @@ def _words() -> str:
                 ("first token", "at the client: from sending (open load: from when it was due)"),
                 ("between tokens", "between the arrival of one token and the next, all gaps"),
                 ("requests/s", "answers finished in the window over its length"),
-                ("goodput/s", "the same, only answers within all SLO times"),
+                ("goodput/s", "the same, only answers within the SLOs' times (the widest of each)"),
                 ("window", "what counts; requests that ended in the warm-up or later do not"),
             ]
         ),

@@ -24,6 +24,8 @@ _LOOK_EVERY_S = 0.25
 _START_S = 60
 _STOP_S = 15
 BUSY_S = 60
+LAG_EVERY_S = 0.02
+"""How often the load generator looks whether it wakes up in time."""
 LONGEST = 5
 """A window that waits for a number of requests lasts at most so many times its length."""
 
@@ -55,6 +57,7 @@ class Run:
         at_start, before, after: the server's metrics when the cell began and at the window's
             borders; None where it did not answer.
         trouble: what went wrong with the cell as a whole; empty where nothing did.
+        busy: whether the engine had requests of somebody else's when the cell began.
     """
 
     cell: Cell
@@ -66,6 +69,7 @@ class Run:
     before: Scrape | None = None
     after: Scrape | None = None
     trouble: str = ""
+    busy: bool = False
 
 
 class Tail:

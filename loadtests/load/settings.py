@@ -1,11 +1,12 @@
 """The command line of `make load`, checked before anything starts."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtests.load import cells, pictures, slo
+from loadtests.load import cells, compare, pictures, slo
 from loadtests.load.cells import Load
 
 
@@ -15,7 +16,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     given.command = " ".join(["python -m loadtests.load", *words])
-    given.url = given.url.rstrip("/").removesuffix("/v1")
+    given.url = cells.server(given.url)
     try:
         for budget in given.budgets:
             cells.plan(budget)
@@ -23,15 +24,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         given.loads = loads(given)
     except ValueError as error:
         parser.error(str(error))
-    for name in ("requests", "repeats", "processes", "in_flight"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
+    for name in ("requests", "repeats", "processes", "in_flight", "pictures"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if given.duration < 1:
         parser.error(f"--duration must be at least 1s, got {given.duration:g}s")
     if given.cancel + given.slow > 1:
         parser.error("--cancel and --slow must not be more than all requests together")
-    if given.compare and not given.compare.is_file():
-        parser.error(f"--compare must be an earlier results.json, there is no {given.compare}")
+    try:
+        given.earlier = compare.read(given.compare) if given.compare else None
+    except ValueError as error:
+        parser.error(f"--compare {error}")
     return given
 
 
@@ -91,8 +95,9 @@ def loads(given: argparse.Namespace) -> list[Load]:
     if given.stages is not None:
         return [given.stages]
     if given.rates:
-        if min(given.rates) <= 0:
-            raise ValueError(f"--rates must be above 0, got {min(given.rates):g}")
+        for rate in given.rates:
+            if not 0 < rate < math.inf:
+                raise ValueError(f"--rates must be above 0, got {rate:g}")
         return [Load("open", rate) for rate in dict.fromkeys(given.rates)]
     users = given.concurrency or [1, 4]
     if min(users) < given.processes:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loadtests import machine, servers
+from loadtests import demo, machine, servers
 from loadtests.quality import cells as grid
 from loadtests.quality import report
 from loadtests.quality.asking import Answer, Log, Picture, ask_cell, pictures
@@ -72,14 +72,14 @@ async def _evaluate(given: argparse.Namespace) -> int:
     headers = {"Authorization": f"Bearer {key}"} if key else None
     asked = pictures(given.questions)
     errors: Counter[str] = Counter()
-    own = nullcontext(given.url) if given.url else servers.demo_server(given.out)
+    own = nullcontext(given.url) if given.url else demo.demo_server(given.out)
     _say("starting the demo server" if not given.url else f"asking {given.url}")
     with own as url:
         told = servers.about(url, headers)
         object_layer = told["default"]["object_layer"]
         sets = _sets(given, told, object_layer)
         every = grid.unique([cell for group in sets.values() for cell in group])
-        setting = _setting(told, asked, "" if given.url else servers.weights())
+        setting = _setting(told, asked, "" if given.url else demo.weights())
         log = Log(given.out / "answers.jsonl", setting)
         progress = _Progress(every, asked, log, errors)
         for cell in every:
@@ -88,7 +88,7 @@ async def _evaluate(given: argparse.Namespace) -> int:
     for cell in every:
         if cell.side and not progress.done(cell):
             _say(f"starting a server for pictures of {cell.side} x {cell.side} patches")
-            with servers.downscaled_server(cell.side, given.out) as url:
+            with demo.downscaled_server(cell.side, given.out) as url:
                 await _ask(url, "hiprune-demo", cell, asked, log, progress, given, None)
     log.close()
     answers = Answers(log.answers.values())

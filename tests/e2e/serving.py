@@ -16,6 +16,9 @@ from tests.e2e.offline import ENVIRONMENT
 from tests.photos import data_url
 
 BIN = Path(sys.executable).parent
+# The documented words, in the environment at hand, which make must not set up again: on a GPU host
+# it is another one than make's.
+MAKE = ("make", f"VENV={BIN.parent}", "-o", f"{BIN.parent}/.installed")
 
 
 def serve(checkpoint: Path, *flags: str) -> list[str]:

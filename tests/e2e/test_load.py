@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from loadtests.load.__main__ import main as load
 from tests.e2e.browser import browser, needs_browser
-from tests.e2e.serving import BIN, running
+from tests.e2e.serving import BIN, MAKE, running
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
@@ -28,10 +27,9 @@ def server(tmp_path_factory):
 def swept(server, tmp_path_factory):
     """Folder of a small sweep, run by the documented command."""
     out = tmp_path_factory.mktemp("sweep")
-    command = ["make", "load", f"VENV={Path(sys.executable).parents[1]}", f"HOST={server.url}",
-               "BUDGETS=full 64", "CONCURRENCY=1 3", "DURATION=4s", "WARM_UP=1s",
-               "ANSWER_TOKENS=12", f"OUT={out}", "ARGS=--requests 4 --cancel 15% "
-               "--slo-ttft-p99 60s --slo-error-rate 0"]  # fmt: skip
+    command = [*MAKE, "load", f"HOST={server.url}", "BUDGETS=full 64", "CONCURRENCY=1 3",
+               "DURATION=4s", "WARM_UP=1s", "ANSWER_TOKENS=12", f"OUT={out}",
+               "ARGS=--requests 4 --cancel 15% --slo-ttft-p99 60s --slo-error-rate 0"]  # fmt: skip
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "first token" in ran.stderr  # progress is shown

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from loadtests.quality.__main__ import main as evaluate
 from loadtests.quality.lmms import collect, local
 from loadtests.quality.lmms.benchmarks import BENCHMARKS, LOCAL
-from tests.e2e.serving import BIN, running
+from tests.e2e.serving import BIN, MAKE, running
 
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parents[2]
@@ -28,7 +27,7 @@ def server(tmp_path_factory):
 def lmms_python(tmp_path_factory):
     """lmms-eval's environment, made with the documented command from its lock file."""
     folder = tmp_path_factory.mktemp("lmms") / "venv"
-    command = ["make", "lmms-env", f"LMMS_VENV={folder}", f"VENV={Path(sys.executable).parents[1]}"]
+    command = [*MAKE, "lmms-env", f"LMMS_VENV={folder}"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=900)
     return folder / "bin" / "python"
 

@@ -73,6 +73,7 @@ def probe(clip_checkpoint):
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 def test_two_ranks_keep_and_answer_what_one_rank_does(clip_checkpoint, probe):
     pixels, rows, expected = probe
     path = str(clip_checkpoint)

@@ -56,12 +56,12 @@ def test_kustomize_puts_it_together():
     assert ran.returncode == 0, ran.stderr
     made = list(yaml.safe_load_all(ran.stdout))
     kinds = [one["kind"] for one in made]
-    assert len(made) == len(resources()) + 2  # the settings and the dashboard
+    assert len(made) == len(resources()) + 3  # the settings, the gate and the dashboard
     assert all(one["metadata"].get("namespace", "hiprune") == "hiprune" for one in made)
     (server,) = [one for one in made if one["kind"] == "StatefulSet"]
     volumes = {one["name"]: one for one in server["spec"]["template"]["spec"]["volumes"]}
     names = {one["metadata"]["name"] for one in made if one["kind"] == "ConfigMap"}
-    assert kinds.count("ConfigMap") == 2
+    assert kinds.count("ConfigMap") == 3
     assert volumes["settings"]["configMap"]["name"] in names  # the name with the hash
     assert volumes["secrets"]["secret"]["defaultMode"] == 0o440
 
@@ -94,7 +94,7 @@ def test_selectors_choose_the_pods_that_they_mean():
         chosen = selector.get("matchLabels", selector)
         if chosen:
             assert chosen.items() <= labels[one["metadata"]["name"]].items(), one["kind"]
-    given = router["spec"]["containers"][0]["args"]
+    given = router["spec"]["containers"][1]["args"]
     words = given[given.index("--selector") + 1 :]
     assert dict(word.split("=") for word in words) == labels["hiprune"]
 
@@ -106,6 +106,20 @@ def test_a_replica_is_ready_when_its_model_is_loaded_and_not_before():
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 3600
     assert container["readinessProbe"]["httpGet"] == startup["httpGet"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_a_pods_services_are_not_taken_for_settings():
+    from hiprune_server.config import ConfigError, load
+
+    with pytest.raises(ConfigError, match="HIPRUNE_ROUTER_SERVICE_HOST"):
+        load({}, {"HIPRUNE_ROUTER_SERVICE_HOST": "10.0.0.1"})
+    for kind, name in (("StatefulSet", "hiprune"), ("Deployment", "hiprune-router")):
+        assert find(kind, name)["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def test_the_autoscaler_alone_says_how_many_replicas_there_are():
+    target = find("HorizontalPodAutoscaler", "hiprune")["spec"]["scaleTargetRef"]
+    assert "replicas" not in find(target["kind"], target["name"])["spec"]
 
 
 def test_requests_under_way_end_before_a_pod_is_killed():

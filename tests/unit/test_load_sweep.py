@@ -134,6 +134,40 @@ def test_every_fault_is_counted_by_its_kind_and_the_sweep_goes_on(tmp_path):
     assert cell["failed"] == sum(cell["errors"].values())
 
 
+def test_a_request_that_hangs_misses_the_slo_though_its_time_is_not_up(tmp_path):
+    def answer(number, _body):
+        return Answer(0.05, 0.005, TOKENS, breaks="hang" if number == 4 else "")
+
+    with serving(Mock(answer)) as mock:
+        words = ("--budgets", "64", "--concurrency", "3", "--slo-error-rate", "0")
+        code, (cell,) = sweep(mock, tmp_path, *words)
+    assert code == 1
+    assert cell["errors"] == {"no answer": 1}
+    assert cell["requests"] > 20
+
+
+def test_a_server_that_stays_away_fails_the_sweep_and_names_what_was_not_measured(tmp_path, capsys):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mock = Mock(steady())
+    mock.url = f"http://127.0.0.1:{port}"
+
+    def die():
+        with serving(mock, port):
+            while len(mock.bodies) < 12:
+                time.sleep(0.01)
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    words = ("--budgets", "full", "64", "--concurrency", "2", "--recover", "1s")
+    code, cells = sweep(mock, tmp_path, *words)
+    thread.join()
+    assert code == 1
+    assert [cell["requests"] > 0 for cell in cells] == [True, False]
+    assert "FAILED: 64 @ 2: not measured: the server did not come back" in capsys.readouterr().err
+
+
 def test_cancelled_and_slow_requests_are_no_errors_and_no_latencies(tmp_path):
     with serving(Mock(steady())) as mock:
         words = ("--budgets", "64", "--concurrency", "6", "--cancel", "30%", "--slow", "30%",
@@ -185,11 +219,10 @@ def test_a_server_that_is_restarted_costs_requests_and_not_the_sweep(tmp_path):
 
 def test_an_open_load_arrives_at_its_rate_whatever_the_server_does(tmp_path):
     with serving(Mock(lambda _number, _body: Answer(0.8, 0.0, 1))) as mock:
-        words = ("--budgets", "64", "--rates", "20", "--processes", "2", "--in-flight", "12")
+        words = ("--budgets", "64", "--rates", "20", "--processes", "2", "--in-flight", "60")
         code, (cell,) = sweep(mock, tmp_path, *words)
         files = list((tmp_path / "cells" / "00").glob("requests-*.jsonl"))
     assert code == 0
-    # 20 a second for 0.8 s are 16 at a time: no worker of two has more than 12.
     assert cell["rps"] == pytest.approx(20, rel=0.35)
     assert cell["ttft_p50"] == pytest.approx(0.8, abs=0.1)
     written = [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -200,7 +233,7 @@ def test_an_open_load_arrives_at_its_rate_whatever_the_server_does(tmp_path):
 
 def test_requests_beyond_the_cap_are_not_sent_and_are_counted(tmp_path):
     with serving(Mock(lambda _number, _body: Answer(1.0, 0.0, 1))) as mock:
-        words = ("--budgets", "64", "--rates", "20", "--in-flight", "4")
+        words = ("--budgets", "64", "--rates", "20", "--processes", "2", "--in-flight", "4")
         _, (cell,) = sweep(mock, tmp_path, *words)
     assert cell["errors"].keys() == {"not sent: too many under way"}
     assert cell["rps"] == pytest.approx(4, abs=1.5)
@@ -237,7 +270,7 @@ def test_cache_hits_come_on_purpose_only(tmp_path):
 
 
 def test_an_earlier_sweep_is_compared_with(tmp_path):
-    once = ("--budgets", "64", "--concurrency", "6")
+    once = ("--budgets", "64", "--concurrency", "12", "--duration", "4s")
     with serving(Mock(steady())) as mock:
         assert sweep(mock, tmp_path / "before", *once)[0] == 0
         mock.answer = lambda _number, _body: Answer(2 * FIRST, BETWEEN, TOKENS)

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from loadtests import servers
+from loadtests import demo
 from loadtests.quality import asking, cells, report, results, stats
 from loadtests.quality.__main__ import main, shortfalls
 
@@ -254,7 +254,7 @@ def test_a_downscaled_checkpoint_sees_smaller_pictures(tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoProcessor
 
-    servers.downscale(8, tmp_path / "small")
+    demo.downscale(8, tmp_path / "small")
     config = AutoConfig.from_pretrained(tmp_path / "small")
     assert config.vision_config.image_size == 112
     weights = load_file(tmp_path / "small" / "model.safetensors")

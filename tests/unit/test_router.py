@@ -1,6 +1,8 @@
 """vLLM's own router, with the flags of the manifest, before servers that only say who they are."""
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,12 +19,15 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 ROUTER = Path(sys.executable).parent / "vllm-router"
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+KEY = "0123456789abcdef"
 
 
 def manifest():
     documents = yaml.safe_load_all((ROOT / "deploy/kubernetes/base/router.yaml").read_text())
     (one,) = [document for document in documents if document["kind"] == "Deployment"]
-    return one["spec"]["template"]["spec"]["containers"][0]
+    gate, router = one["spec"]["template"]["spec"]["containers"]
+    return gate, router
 
 
 class Replica(BaseHTTPRequestHandler):
@@ -68,13 +73,20 @@ def free_port():
 @pytest.fixture(scope="module")
 def router(tmp_path_factory):
     port = free_port()
-    (policy,) = [word for word in manifest()["args"] if word.startswith("--policy=")]
+    (policy,) = [word for word in manifest()[1]["args"] if word.startswith("--policy=")]
     with ExitStack() as stack:
         replicas = [stack.enter_context(replica()) for _ in range(3)]
         workers = ["--worker-urls", *replicas]
         log = stack.enter_context((tmp_path_factory.mktemp("router") / "log").open("w"))
         process = subprocess.Popen(
-            [ROUTER, f"--port={port}", policy, f"--prometheus-port={free_port()}", *workers],
+            [
+                ROUTER,
+                f"--port={port}",
+                f"--api-key={KEY}",
+                policy,
+                f"--prometheus-port={free_port()}",
+                *workers,
+            ],
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -89,6 +101,38 @@ def router(tmp_path_factory):
             except httpx.TransportError:
                 pass
         yield client
+
+
+@pytest.fixture(scope="module")
+def gate(router, tmp_path_factory):
+    """nginx with the manifest's template, as its image fills it in."""
+    if not NGINX:
+        pytest.skip("needs nginx (Debian's nginx-light)")
+    folder, port = tmp_path_factory.mktemp("gate"), free_port()
+    template = (ROOT / "deploy/kubernetes/base/default.conf.template").read_text()
+    server = template.replace("${API_KEY}", KEY).replace("listen 8080", f"listen 127.0.0.1:{port}")
+    server = server.replace("127.0.0.1:8081", router.base_url.netloc.decode())
+    paths = " ".join(
+        f"{kind}_temp_path {folder}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    user = "" if os.getuid() else "user root;"  # or its workers could not write to the folder
+    (folder / "nginx.conf").write_text(
+        f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        f"http {{ access_log off; {paths}\n{server} }}\n"
+    )
+    process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"])
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        for _ in range(50):
+            time.sleep(0.1)
+            try:
+                if client.get("/readiness").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+        yield client
+    process.terminate()
+    process.wait(timeout=30)
 
 
 def ask(router, headers, path="/v1/chat/completions", **fields):
@@ -125,19 +169,46 @@ def test_keys_and_budgets_arrive(router):
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/hiprune/explain"])
 def test_other_routes_that_read_budgets_are_routed_the_same(router, path):
-    there = ask(router, {"X-Session-ID": "s1"}, path)
+    there = ask(router, {"X-Session-ID": "s1", "Authorization": "Bearer k"}, path)
     assert there["path"] == path
     assert there["replica"] == ask(router, {"X-Session-ID": "s1"})["replica"]
 
 
-def test_the_probes_of_the_manifest_are_answered(router):
-    container = manifest()
+def test_the_probes_of_the_manifest_are_answered(gate):
+    container, _ = manifest()
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert router.get(container[probe]["httpGet"]["path"]).status_code == 200
+        assert gate.get(container[probe]["httpGet"]["path"]).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/hiprune/explain"])
+def test_the_gate_asks_for_the_key(gate, path):
+    for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": KEY}):
+        refused = gate.post(path, headers=headers, json={"model": "m", "messages": []})
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == 401
+    there = ask(gate, {"X-Session-ID": "s1", "Authorization": f"Bearer {KEY}"}, path)
+    assert (there["path"], there["key"]) == (path, f"Bearer {KEY}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/add_worker?url=http://127.0.0.1:1", "/remove_worker", "/v1/%2e%2e/remove_worker", "/workers",
+     "/flush_cache", "//add_worker"],
+)  # fmt: skip
+def test_nobody_reaches_the_routers_own_routes(gate, path):
+    key = {"Authorization": f"Bearer {KEY}"}
+    for answer in (gate.get(path, headers=key), gate.post(path, headers=key)):
+        assert answer.status_code == 404
+        assert "/v1 alone" in answer.json()["error"]["message"]
+
+
+def test_a_picture_as_large_as_the_server_takes_passes_the_gate(gate):
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert ask(gate, key, user="x" * 63 * 2**20)["replica"]
 
 
 def test_the_router_knows_every_flag_of_the_manifest():
     told = subprocess.run([ROUTER, "--help"], capture_output=True, text=True, check=True).stdout
-    for word in manifest()["args"]:
+    for word in manifest()[1]["args"]:
         if word.startswith("--"):
             assert f"  {word.split('=')[0]} " in told or f"  {word.split('=')[0]}\n" in told, word
