@@ -70,6 +70,17 @@ def free_port():
         return taken.getsockname()[1]
 
 
+def until_ready(client):
+    for _ in range(150):
+        time.sleep(0.2)
+        try:
+            if client.get("/readiness").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+    raise RuntimeError("not ready in 30 s")
+
+
 @pytest.fixture(scope="module")
 def router(tmp_path_factory):
     port = free_port()
@@ -93,13 +104,7 @@ def router(tmp_path_factory):
         stack.callback(process.wait, timeout=30)
         stack.callback(process.terminate)
         client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20))
-        for _ in range(150):
-            time.sleep(0.2)
-            try:
-                if client.get("/readiness").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
+        until_ready(client)
         yield client
 
 
@@ -123,13 +128,7 @@ def gate(router, tmp_path_factory):
     )
     process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"])
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        for _ in range(50):
-            time.sleep(0.1)
-            try:
-                if client.get("/readiness").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
+        until_ready(client)
         yield client
     process.terminate()
     process.wait(timeout=30)
