@@ -280,13 +280,39 @@ def test_both_model_runners_take_positions_from_the_model():
     assert "is_multimodal_pruning_enabled()" in inspect.getsource(mm_pruning.maybe_create_mm_pruner)
 
 
+def test_stages_of_a_pipeline_pass_on_whatever_tensors_the_model_names():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as NewerRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    made = r"self\.model\.make_empty_intermediate_tensors\(\s*batch_size=.*?dtype=.*?device="
+    for maker in (GPUModelRunner._dummy_run, NewerRunner.load_model):
+        assert re.search(made, inspect.getsource(maker), re.DOTALL)
+    copied = inspect.getsource(GPUModelRunner.sync_and_gather_intermediate_tensors)
+    assert "for k, v in intermediate_tensors.items():" in copied
+    copied = inspect.getsource(NewerRunner.execute_model)
+    assert "for k, v in self.intermediate_tensors.tensors.items()" in copied
+    assert parameters(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.forward)[1:5] == [
+        "input_ids",
+        "positions",
+        "intermediate_tensors",
+        "inputs_embeds",
+    ]
+
+
 @pytest.mark.installed_release
-def test_the_cpu_runner_asks_after_loading_a_model():
+def test_what_the_cpu_runner_leaves_out_is_done_once_a_model_is_loaded():
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     import hiprune_vllm.engine.classes  # noqa: F401
+    from hiprune_vllm.engine import compat
 
-    assert CPUModelRunner.load_model.asks_for_pruning
+    def steps():
+        return [step.__name__ for step in CPUModelRunner.load_model.steps_after]
+
+    assert sorted(steps()) == ["_ask", "_make_room"]
+    compat.let_cpu_runner_ask()
+    compat.let_cpu_runner_receive()
+    assert sorted(steps()) == ["_ask", "_make_room"]
 
 
 @pytest.mark.installed_release

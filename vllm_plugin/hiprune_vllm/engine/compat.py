@@ -1,8 +1,10 @@
 """Which vLLM this plugin was tested with, and which engine options it cannot work with."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from vllm.config import MultiModalConfig
+from vllm.distributed import get_pp_group
 
 from hiprune_vllm import tuning
 
@@ -85,14 +87,11 @@ def carry_positions_with_embeddings(vllm_config: Any) -> None:
     multimodal.__class__ = _PositionsWithEmbeddings
 
 
-def let_cpu_runner_ask() -> None:
-    """Makes `CPUModelRunner.load_model` ask whether pruning is on; does nothing elsewhere.
+def _after_cpu_load(then: Callable[[Any], None]) -> None:
+    """Runs `then` with every CPU model runner that has loaded its model.
 
-    Symptom: on the CPU engine kept tokens get no 3-D positions and have the wrong width.
-    Cause: it overrides `GPUModelRunner.load_model` without the lines that set the flag.
-    Change: those lines run after it. Idempotent. To be called before a model is loaded: the
-        runner imports the model's class when it is made, which is early enough.
-    Remove when: the CPU runner sets the flag itself.
+    Does nothing on other platforms, nor a second time. To be called before a model is loaded: the
+    runner imports the model's class when it is made, which is early enough.
     """
     from vllm.platforms import current_platform
 
@@ -101,17 +100,55 @@ def let_cpu_runner_ask() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     load_model = CPUModelRunner.load_model
-    if getattr(load_model, "asks_for_pruning", False):
+    steps = getattr(load_model, "steps_after", ())
+    if then in steps:
         return
 
-    def load_and_ask(self: Any, *args: Any, **kwargs: Any) -> None:
+    def load_model_and_more(self: Any, *args: Any, **kwargs: Any) -> None:
         load_model(self, *args, **kwargs)
-        multimodal = self.model_config.multimodal_config
-        self.is_multimodal_pruning_enabled = (
-            multimodal is not None
-            and multimodal.is_multimodal_pruning_enabled()
-            and getattr(self.get_model(), "supports_multimodal_pruning", False)
+        then(self)
+
+    load_model_and_more.steps_after = (*steps, then)  # type: ignore[attr-defined]
+    CPUModelRunner.load_model = load_model_and_more
+
+
+def _ask(runner: Any) -> None:
+    multimodal = runner.model_config.multimodal_config
+    runner.is_multimodal_pruning_enabled = (
+        multimodal is not None
+        and multimodal.is_multimodal_pruning_enabled()
+        and getattr(runner.get_model(), "supports_multimodal_pruning", False)
+    )
+
+
+def let_cpu_runner_ask() -> None:
+    """Makes `CPUModelRunner.load_model` ask whether pruning is on; does nothing elsewhere.
+
+    Symptom: on the CPU engine kept tokens get no 3-D positions and have the wrong width.
+    Cause: it overrides `GPUModelRunner.load_model` without the lines that set the flag.
+    Change: those lines run after it. Idempotent.
+    Remove when: the CPU runner sets the flag itself.
+    """
+    _after_cpu_load(_ask)
+
+
+def _make_room(runner: Any) -> None:
+    if not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens,
+            dtype=runner.model_config.dtype,
+            device=runner.device,
         )
 
-    load_and_ask.asks_for_pruning = True  # type: ignore[attr-defined]
-    CPUModelRunner.load_model = load_and_ask
+
+def let_cpu_runner_receive() -> None:
+    """Makes room on the CPU for what a stage of a pipeline receives; does nothing elsewhere.
+
+    Symptom: with --pipeline-parallel-size and --enforce-eager the first request ends the engine
+        (an assertion in `sync_and_gather_intermediate_tensors`), without this plugin as well.
+    Cause: the room is made in a dummy run, which the CPU worker leaves out where nothing is
+        compiled.
+    Change: it is made once the model is loaded, as on a GPU by vLLM's newer runner. Idempotent.
+    Remove when: the CPU worker makes it itself.
+    """
+    _after_cpu_load(_make_room)

@@ -13,10 +13,12 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
-from hiprune_vllm.engine.compat import check_engine
+from hiprune_vllm.engine.compat import check_engine, let_cpu_runner_receive
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Trace, TracedPart
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
+
+let_cpu_runner_receive()
 
 BUDGET_FIELD = "hiprune_budget"
 """Name of the per-image tensor that carries `pack_item` from processor to worker."""

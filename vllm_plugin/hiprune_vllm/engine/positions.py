@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.sequence import IntermediateTensors
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from hiprune_vllm.engine.compat import carry_positions_with_embeddings, let_cpu_runner_ask
@@ -13,6 +14,9 @@ from hiprune_vllm.engine.model import BUDGET_FIELD, PrunedModel, unpack_item
 from hiprune_vllm.pruning.positions import decode_positions, no_positions
 
 let_cpu_runner_ask()
+
+POSITIONS = "hiprune_positions"
+"""Name of the tensor, (tokens, 3), by which a stage of a pipeline hands positions to the next."""
 
 
 class PrunedMRopeModel(PrunedModel):
@@ -23,15 +27,55 @@ class PrunedMRopeModel(PrunedModel):
     image's first position; with the embeddings come row and column of each token. The temporal
     position of a still image is its first position, so it stays and is what row and column are
     added to: writing them twice, or a part of them, does no harm.
+
+    In a pipeline the first stage alone has embeddings, so it sends the positions along with the
+    hidden states, and the others take them instead of their own.
     """
 
     visual: Any
     config: Any
     iter_mm_grid_thw: Any
+    make_empty_intermediate_tensors: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         carry_positions_with_embeddings(vllm_config)
+        of_vllm = self.make_empty_intermediate_tensors
+
+        def with_positions(
+            batch_size: int, dtype: torch.dtype, device: torch.device
+        ) -> IntermediateTensors:
+            received = of_vllm(batch_size=batch_size, dtype=dtype, device=device)
+            positions = torch.zeros(batch_size, 3, dtype=torch.int64, device=device)
+            return IntermediateTensors(received.tensors | {POSITIONS: positions})
+
+        self.make_empty_intermediate_tensors = with_positions
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """vLLM's own forward; in a pipeline with the first stage's positions.
+
+        Args:
+            positions: (3, tokens), this stage's own.
+        """
+        if intermediate_tensors is not None:
+            received = dict(intermediate_tensors.tensors)
+            # A view: captured graphs need the place in memory that they have seen.
+            positions = received.pop(POSITIONS).t()
+            intermediate_tensors = IntermediateTensors(received)
+        result = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+        )
+        if isinstance(result, IntermediateTensors):
+            # Only what is contiguous can be sent.
+            return IntermediateTensors(result.tensors | {POSITIONS: positions.t().contiguous()})
+        return result
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         width = self.visual.out_hidden_size
