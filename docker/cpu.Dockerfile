@@ -8,7 +8,7 @@ COPY requirements/build.lock requirements/image.lock requirements/
 RUN python3 -m venv /opt/build \
     && /opt/build/bin/python -m pip install --no-cache-dir --require-hashes -r requirements/build.lock \
     && python3 -m venv --without-pip /opt/hiprune \
-    && /opt/build/bin/uv pip install --no-cache --python /opt/hiprune/bin/python --no-deps \
+    && /opt/build/bin/uv pip install --system-certs --no-cache --python /opt/hiprune/bin/python --no-deps \
         --require-hashes --compile-bytecode -r requirements/image.lock
 COPY LICENSE README.md pyproject.toml ./
 COPY vllm_plugin vllm_plugin

@@ -8,7 +8,7 @@ COPY requirements/build.lock requirements/load.lock requirements/
 RUN python3 -m venv /opt/build \
     && /opt/build/bin/python -m pip install --no-cache-dir --require-hashes -r requirements/build.lock \
     && python3 -m venv --without-pip /opt/load \
-    && /opt/build/bin/uv pip install --no-cache --python /opt/load/bin/python --no-deps \
+    && /opt/build/bin/uv pip install --system-certs --no-cache --python /opt/load/bin/python --no-deps \
         --require-hashes --compile-bytecode -r requirements/load.lock
 
 FROM ${BASE_IMAGE}

@@ -8,7 +8,7 @@ COPY requirements/build.lock requirements/router.lock requirements/
 RUN python3 -m venv /opt/build \
     && /opt/build/bin/python -m pip install --no-cache-dir --require-hashes -r requirements/build.lock \
     && python3 -m venv --without-pip /opt/router \
-    && /opt/build/bin/uv pip install --no-cache --python /opt/router/bin/python --no-deps \
+    && /opt/build/bin/uv pip install --system-certs --no-cache --python /opt/router/bin/python --no-deps \
         --require-hashes --compile-bytecode -r requirements/router.lock
 
 FROM ${BASE_IMAGE}

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = preflight.check(given.url, headers(), wanted, given.budgets, source, say)
         began = time.monotonic()
         wanted = replace(wanted, model=server.model)
-        given.out.mkdir(parents=True, exist_ok=True)
+        _writable(given.out)
         made = _pictures(given, server, source)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,6 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache_hits=given.allow_cache_hits,
     )
     return _verdict(given, rows, missed, runs, interrupted)
+
+
+def _writable(folder: Path) -> None:
+    """Raises ValueError where no file can be made in a folder: it may be another user's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        told = f"OUT must be a folder that user {os.getuid()} can write to, got {folder}"
+        raise ValueError(f"{told}: {error.strerror}") from None
 
 
 def _pictures(given: argparse.Namespace, server: preflight.Server, source: Source) -> int:

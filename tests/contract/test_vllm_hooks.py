@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import vllm
-from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig
+from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig, SpeculativeConfig
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion import api_router
@@ -65,8 +65,9 @@ def test_every_build_of_the_tested_release_is_accepted(found):
 class Config:
     """As much of a VllmConfig as the gate reads."""
 
-    def __init__(self, mode="weights", compiled=False, draft=None):
+    def __init__(self, mode="weights", compiled=False, draft=None, method="draft_model"):
         self.speculative_config = self if draft else None
+        self.use_ngram = lambda: method == "ngram"
         self.draft_model_config = draft
         self.model_config = self
         self.multimodal_config = self
@@ -85,6 +86,7 @@ def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="multimodal draft model"):
         check_engine(Config(draft=multimodal))
     check_engine(Config(draft=SimpleNamespace(is_multimodal_model=False, model="draft")))
+    check_engine(Config(draft=multimodal, method="ngram"))  # vLLM names the served model there
 
 
 def test_the_configuration_has_what_is_read_from_it():
@@ -92,6 +94,7 @@ def test_the_configuration_has_what_is_read_from_it():
     assert "mm_processor_kwargs" in {f.name for f in fields(MultiModalConfig)}
     assert "mm_hasher_algorithm" in {f.name for f in fields(MultiModalConfig)}
     assert "compile_mm_encoder" in {f.name for f in fields(CompilationConfig)}
+    assert parameters(SpeculativeConfig.use_ngram) == ["self"]
     assert "max_num_encoder_input_tokens" in {f.name for f in fields(SchedulerConfig)}
 
 

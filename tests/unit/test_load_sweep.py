@@ -307,6 +307,15 @@ def test_a_server_that_is_not_there_is_named(tmp_path, capsys):
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
+def test_a_folder_that_takes_no_report_is_named_before_the_first_cell(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with serving(Mock(steady())) as mock:
+        assert load.main(["--url", mock.url, "--out", str(file / "report"), *SHORT]) == 2
+    told = capsys.readouterr().err
+    assert f"user {os.getuid()} can write to, got {file / 'report'}: Not a directory" in told
+
+
 def test_an_interrupted_sweep_leaves_a_report_and_no_processes(tmp_path):
     with serving(Mock(steady())) as mock:
         command = [sys.executable, "-m", "loadtests.load", "--url", mock.url,

@@ -1,7 +1,9 @@
 """vLLM's own router, with the flags of the manifest, before servers that only say who they are."""
 
+import base64
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -20,7 +22,9 @@ import yaml
 ROOT = Path(__file__).parents[2]
 ROUTER = Path(sys.executable).parent / "vllm-router"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+NJS = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 KEY = "0123456789abcdef"
+PAUSE_S = 1.0
 
 
 def manifest():
@@ -42,8 +46,23 @@ class Replica(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("stream"):
+            self.stream()
+            return
         told = {"replica": self.server.server_port, "hiprune": body.get("hiprune")}
-        self.answer(told | {"key": self.headers.get("Authorization"), "path": self.path})
+        told |= {"session": self.headers.get_all("X-Session-ID"), "path": self.path}
+        self.answer(told | {"key": self.headers.get("Authorization")})
+
+    def stream(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for chunk in (b"data: {}\n\n", b"data: [DONE]\n\n"):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            self.wfile.flush()
+            time.sleep(PAUSE_S)
+        self.wfile.write(b"0\r\n\r\n")
 
     def answer(self, told):
         content = json.dumps(told).encode()
@@ -110,23 +129,28 @@ def router(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gate(router, tmp_path_factory):
-    """nginx with the manifest's template, as its image fills it in."""
-    if not NGINX:
-        pytest.skip("needs nginx (Debian's nginx-light)")
+    """nginx with the manifest's template and flags, as its image fills them in."""
+    if not NGINX or not NJS.exists():
+        pytest.skip("needs nginx with JavaScript (Debian's nginx-light, libnginx-mod-http-js)")
     folder, port = tmp_path_factory.mktemp("gate"), free_port()
-    template = (ROOT / "deploy/kubernetes/base/default.conf.template").read_text()
+    base = ROOT / "deploy/kubernetes/base"
+    template = (base / "default.conf.template").read_text()
     server = template.replace("${API_KEY}", KEY).replace("listen 8080", f"listen 127.0.0.1:{port}")
     server = server.replace("127.0.0.1:8081", router.base_url.netloc.decode())
+    server = server.replace("/etc/nginx/templates", str(base))
+    _, _, flags = manifest()[0]["args"]
+    flags = flags.replace("modules/ngx_http_js_module.so", str(NJS))
     paths = " ".join(
         f"{kind}_temp_path {folder}/{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     user = "" if os.getuid() else "user root;"  # or its workers could not write to the folder
     (folder / "nginx.conf").write_text(
-        f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        f"{user} pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
         f"http {{ access_log off; {paths}\n{server} }}\n"
     )
-    process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"])
+    command = [NGINX, "-p", folder, "-c", folder / "nginx.conf", "-g", flags]
+    process = subprocess.Popen(command)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
         until_ready(client)
         yield client
@@ -152,8 +176,8 @@ def test_a_session_stays_with_one_replica_and_sessions_are_spread(router, header
     assert min(homes.values()) >= 3
 
 
-def test_without_a_session_everything_goes_to_one_replica(router):
-    """What docs/deploy.md warns of: the router does not look at pictures."""
+def test_without_a_session_the_router_sends_everything_to_one_replica(router):
+    """Why the gate names sessions after pictures: the router does not look at them."""
     found = set()
     for n in range(10):
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{n}" + "A" * 99}}
@@ -201,9 +225,119 @@ def test_nobody_reaches_the_routers_own_routes(gate, path):
         assert "/v1 alone" in answer.json()["error"]["message"]
 
 
+def with_key(**headers):
+    return {"Authorization": f"Bearer {KEY}"} | headers
+
+
 def test_a_picture_as_large_as_the_server_takes_passes_the_gate(gate):
-    key = {"Authorization": f"Bearer {KEY}"}
-    assert ask(gate, key, user="x" * 63 * 2**20)["replica"]
+    assert ask(gate, with_key(), user="x" * 63 * 2**20)["replica"]
+
+
+def test_a_larger_one_is_told_so_in_openais_envelope(gate):
+    refused = gate.post("/v1/chat/completions", headers=with_key(), content=b"x" * (66 * 2**20))
+    assert refused.status_code == 413
+    assert "64 MiB" in refused.json()["error"]["message"]
+
+
+def picture(number, size=3000):
+    """Data that differs from the start, as pictures do after their first bytes."""
+    return base64.b64encode(random.Random(number).randbytes(size)).decode()
+
+
+def chat(url, question):
+    image = {"type": "image_url", "image_url": {"url": url}}
+    words = {"type": "text", "text": question}
+    return "/v1/chat/completions", {"messages": [{"role": "user", "content": [words, image]}]}
+
+
+def response(url, question):
+    content = [
+        {"type": "input_text", "text": question},
+        {"type": "input_image", "image_url": url},
+    ]
+    return "/v1/responses", {"input": [{"role": "user", "content": content}]}
+
+
+def message(url, question):
+    source = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": question}]
+    return "/v1/messages", {"messages": [{"role": "user", "content": content}]}
+
+
+def explanation(url, question):
+    return "/v1/hiprune/explain", {"image_url": url}
+
+
+@pytest.mark.parametrize("shape", [chat, response, message, explanation])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_questions_about_one_picture_find_one_replica_without_a_header(gate, shape, indent):
+    """By the gate: the router does not look at pictures."""
+    homes = Counter()
+    for number in range(30):
+        found = set()
+        for question in ("What is this?", 'And "url": what?', "x" * number * 100):
+            path, body = shape(f"data:image/png;base64,{picture(number)}", question)
+            content = json.dumps(body, indent=indent)
+            headers = with_key() | {"Content-Type": "application/json"}
+            found.add(gate.post(path, headers=headers, content=content).json()["replica"])
+        assert len(found) == 1
+        homes.update(found)
+    assert len(homes) == 3
+    assert min(homes.values()) >= 3
+
+
+@pytest.mark.parametrize("size", [500_000, 5_000_000, 20_000_000])
+def test_so_do_questions_about_large_pictures(gate, size):
+    sessions = []
+    for number in (1, 2):
+        found = set()
+        for question in ("What is this?", "And now? " * 1000):
+            path, body = chat(f"data:image/png;base64,{picture(number, size)}", question)
+            found.add(*gate.post(path, headers=with_key(), json=body).json()["session"])
+        assert len(found) == 1
+        sessions += found
+    assert sessions[0] != sessions[1]
+
+
+def test_a_conversation_that_grows_stays_with_its_first_picture(gate):
+    path, body = chat("https://example.org/a.png", "What is this?")
+    asked = body["messages"]
+    (before,) = gate.post(path, headers=with_key(), json=body).json()["session"]
+    asked += [{"role": "assistant", "content": "A cat."}]
+    asked += chat("https://example.org/b.png", "And this?")[1]["messages"]
+    assert gate.post(path, headers=with_key(), json=body).json()["session"] == [before]
+
+
+@pytest.mark.parametrize("header", ["X-Session-ID", "X-User-ID"])
+def test_what_a_client_says_goes_before_the_picture(gate, header):
+    for number in (1, 2):
+        path, body = chat(f"data:image/png;base64,{picture(number)}", "What is this?")
+        told = gate.post(path, headers=with_key(**{header: "mine"}), json=body).json()
+        assert told["session"] == ["mine"]
+
+
+def test_requests_without_a_picture_are_spread(gate):
+    assert len({ask(gate, with_key())["replica"] for _ in range(30)}) == 3
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'"url": "', b'{"url": 1}', b"[" * 10**6])
+def test_a_body_that_is_no_json_goes_on_to_the_server(gate, body):
+    """What is wrong with it, the router and the replica tell."""
+    answer = gate.post("/v1/chat/completions", headers=with_key(), content=body)
+    assert answer.status_code != 404
+    assert "nginx" not in answer.text
+
+
+def test_routes_without_a_body_pass_the_gate(gate):
+    assert gate.get("/v1/models", headers=with_key()).json()["object"] == "list"
+
+
+def test_a_stream_arrives_as_it_is_made(gate):
+    path, body = chat(f"data:image/png;base64,{picture(1)}", "What is this?")
+    with gate.stream("POST", path, headers=with_key(), json=body | {"stream": True}) as answer:
+        came = [time.monotonic() for line in answer.iter_lines() if line.startswith("data: ")]
+    assert len(came) == 2
+    assert came[1] - came[0] > PAUSE_S / 2
 
 
 def test_the_router_knows_every_flag_of_the_manifest():

@@ -46,11 +46,14 @@ def check_engine(vllm_config: Any) -> None:
             f"{multimodal.mm_encoder_tp_mode!r}. Remove the flag."
         )
     speculative = vllm_config.speculative_config
-    draft = speculative.draft_model_config if speculative is not None else None
+    # Where drafts are looked up in the prompt vLLM names the served model as the draft.
+    modelled = speculative is not None and not speculative.use_ngram()
+    draft = speculative.draft_model_config if modelled else None
     if draft is not None and draft.is_multimodal_model:
         raise ValueError(
             "hiprune-vllm cannot serve speculative decoding with a multimodal draft model, which "
-            f"sees images one token ahead: got {draft.model!r}. Use a text-only draft or none."
+            f"sees images one token ahead: got {draft.model!r}. Use a text-only draft, the method "
+            "ngram, or none."
         )
     if vllm_config.compilation_config.compile_mm_encoder:
         raise ValueError(
