@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -71,10 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.update(_DEMO_ENVIRONMENT | os.environ)
     if not _has_flag(rest, "--shutdown-timeout"):
         rest = [*rest, f"--shutdown-timeout={DRAIN_S}"]
-    # The workers' metrics reach vLLM's /metrics through files; with several API server processes
-    # vLLM provides for that itself.
-    several = any(_has_flag(rest, flag) for flag in ("--api-server-count", "--data-parallel-size"))
-    if several or METRICS_DIR in os.environ:
+    # The workers' metrics reach vLLM's /metrics through files. vLLM sees to that itself for several
+    # API server processes alone, and how many there are is known to its own parser only.
+    if METRICS_DIR in os.environ:
         serve(rest, config)
         return
     with tempfile.TemporaryDirectory(prefix="hiprune-metrics-") as folder:
@@ -220,6 +221,7 @@ def serve(flags: Sequence[str], config: Config) -> None:
             )
         args.worker_extension_cls = WORKER_EXTENSION
     configure_logging_from_args(args)
+    let_a_start_be_stopped()
     command = ServeSubcommand()
     command.validate(args)
     command.cmd(args)
@@ -227,3 +229,27 @@ def serve(flags: Sequence[str], config: Config) -> None:
     # restarts what has failed would not.
     if HiPruneEndpointPlugin.engine_died:
         sys.exit("the engine has died")
+
+
+def let_a_start_be_stopped() -> None:
+    """Patches vLLM.
+
+    Symptom: SIGTERM while the model is loaded stops nothing, and the server waits for its engine
+        until it is killed.
+    Cause: `zmq_socket_ctx`, around that wait, drops the KeyboardInterrupt that the signal raises.
+    Change: it becomes SystemExit, which is not dropped, with the status that SIGTERM leaves.
+    Remove when: vLLM lets the interrupt through.
+    """
+    from vllm.v1.engine import utils
+
+    original = utils.zmq_socket_ctx
+
+    @contextmanager
+    def interruptible(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with original(*args, **kwargs) as socket:
+            try:
+                yield socket
+            except KeyboardInterrupt:
+                raise SystemExit(128 + signal.SIGTERM) from None
+
+    utils.zmq_socket_ctx = interruptible

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import vllm
+import zmq
 from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig, SpeculativeConfig
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
@@ -28,6 +29,7 @@ from vllm.multimodal.media.connector import MediaConnector
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.engine import utils as engine_utils
 
 from hiprune_server.endpoint import HiPruneEndpointPlugin
 from hiprune_vllm.engine.compat import check_engine, check_version
@@ -283,6 +285,17 @@ def test_both_model_runners_take_positions_from_the_model():
     assert "is_multimodal_pruning_enabled()" in inspect.getsource(mm_pruning.maybe_create_mm_pruner)
 
 
+def test_vllms_proposer_finds_qwens_image_token_by_the_name_of_the_class():
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    from hiprune_vllm.engine.classes import HiPruneQwen25VL
+
+    name = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.__name__
+    assert HiPruneQwen25VL.__name__ == name
+    assert f'"{name}"' in inspect.getsource(SpecDecodeBaseProposer)
+    assert "__class__.__name__" in inspect.getsource(SpecDecodeBaseProposer.get_model_name)
+
+
 def test_stages_of_a_pipeline_pass_on_whatever_tensors_the_model_names():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as NewerRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -399,6 +412,13 @@ def test_a_worker_can_be_given_methods():
     assert (
         "resolve_obj_by_qualname(\n                parallel_config.worker_extension_cls" in source
     )
+
+
+def test_an_interrupt_is_still_dropped_while_an_engine_is_waited_for():
+    """What `let_a_start_be_stopped` is for, and where it takes hold."""
+    with engine_utils.zmq_socket_ctx(f"inproc://{__name__}", zmq.ROUTER, bind=True):
+        raise KeyboardInterrupt
+    assert "zmq_socket_ctx(" in inspect.getsource(engine_utils.launch_core_engines)
 
 
 def test_requests_keep_unknown_fields_for_us():

@@ -1,6 +1,8 @@
 """Streams that are cancelled, an engine that is killed, a server that is told to stop."""
 
+import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -9,9 +11,11 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.e2e.offline import ENVIRONMENT
 from tests.e2e.serving import BIN, content, running
 from tests.photos import photo
 
+VARIABLES = os.environ | ENVIRONMENT
 LONG = 1500  # tokens: some seconds
 
 
@@ -119,6 +123,23 @@ def test_a_stream_that_outlasts_the_drain_does_not_keep_the_server(start):
         assert root.wait(30) == 0
         reader.join(10)
         assert not reader.is_alive()
+
+
+def test_a_server_that_is_told_to_stop_while_it_loads_its_model_stops(tmp_path):
+    command = [BIN / "hiprune-serve", "--demo", "--port", "0"]
+    with (tmp_path / "log").open("w") as log:
+        server = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=VARIABLES)
+
+    def below():
+        return server.children(recursive=True)
+
+    until(lambda: any("EngineCore" in " ".join(command_of(one)) for one in below()), 90)
+    time.sleep(1)  # it waits for its engine now
+    processes = below()
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(processes, 10)
+    assert not alive
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
