@@ -74,7 +74,8 @@ def test_the_demo_has_flags_of_its_own_that_can_be_overridden(monkeypatch, tmp_p
     assert config["default"] == {}
 
 
-def test_metrics_go_through_a_folder_that_is_there_while_the_server_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("flags", ["", "--data-parallel-size 2 --api-server-count 1"])
+def test_metrics_go_through_a_folder_that_is_there_while_the_server_runs(monkeypatch, flags):
     monkeypatch.delenv(cli.METRICS_DIR, raising=False)
     seen = []
 
@@ -83,7 +84,7 @@ def test_metrics_go_through_a_folder_that_is_there_while_the_server_runs(monkeyp
         seen.extend([folder, folder.is_dir()])
 
     monkeypatch.setattr(cli, "serve", serve)
-    cli.main(["some/model"])
+    cli.main(["some/model", *flags.split()])
     folder, was_there = seen
     assert was_there
     assert not folder.exists()

@@ -9,6 +9,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
+from hiprune_vllm.engine.compat import named_as
 from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.positions import PrunedMRopeModel
 from hiprune_vllm.engine.processing import PrunedProcessor, split_context
@@ -50,5 +51,6 @@ class HiPruneLlavaNext(PrunedModel, LlavaNextForConditionalGeneration):
 
 
 @_register(Qwen2_5_VLForConditionalGeneration, Qwen25VLAdapter())
+@named_as(Qwen2_5_VLForConditionalGeneration)
 class HiPruneQwen25VL(PrunedMRopeModel, Qwen2_5_VLForConditionalGeneration):
     family = Qwen25VLAdapter()

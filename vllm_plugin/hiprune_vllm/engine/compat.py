@@ -62,6 +62,24 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
+def named_as(vllm_class: type) -> Callable[[type], type]:
+    """Class decorator: the class goes by the name of vLLM's own.
+
+    Symptom: Qwen2.5-VL with a text-only draft model does not start ("no attribute
+        'image_token_index'").
+    Cause: vLLM's proposer looks the served model's class name up in a list of its own to find out
+        where its configuration has the image token.
+    Change: the class has the name in that list.
+    Remove when: vLLM asks the configuration instead.
+    """
+
+    def renamed(model_class: type) -> type:
+        model_class.__name__ = vllm_class.__name__
+        return model_class
+
+    return renamed
+
+
 class _PositionsWithEmbeddings(MultiModalConfig):
     """A configuration that says "pruning is on" without the video pruning it is tied to."""
 
