@@ -152,10 +152,11 @@ sbom: venv ## bills of materials (CycloneDX) of the images that are made from lo
 		$(BIN)/cyclonedx-py requirements requirements/$$name.lock --of JSON -o build/sbom/$$name.cdx.json || exit 1; \
 	done
 
-sbom-image: venv ## the same of a built image: IMAGE=hiprune-gpu:0.1.0 (needs Docker)
+ENGINE ?= docker
+sbom-image: ## the same of a built image, system packages too: IMAGE=hiprune-gpu:0.1.0 (ENGINE=podman)
 	mkdir -p build/sbom
-	docker run --rm --entrypoint python3 $(IMAGE) -c 'from importlib.metadata import distributions as d; print("\n".join(sorted({f"{x.name}=={x.version}" for x in d()})))' \
-		| $(BIN)/cyclonedx-py requirements - --of JSON -o build/sbom/$(subst /,-,$(subst :,-,$(IMAGE))).cdx.json
+	$(ENGINE) run --rm --interactive --entrypoint python3 $(IMAGE) - $(IMAGE) \
+		< tests/bom.py > build/sbom/$(subst /,-,$(subst :,-,$(IMAGE))).cdx.json
 
 wheel: venv ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

@@ -2,36 +2,20 @@
 
 import base64
 import json
-import os
 import random
-import shutil
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import httpx
 import pytest
-import yaml
 
-ROOT = Path(__file__).parents[2]
-ROUTER = Path(sys.executable).parent / "vllm-router"
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-NJS = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
-KEY = "0123456789abcdef"
+from tests import routing
+from tests.routing import KEY
+
 PAUSE_S = 1.0
-
-
-def manifest():
-    documents = yaml.safe_load_all((ROOT / "deploy/kubernetes/base/router.yaml").read_text())
-    (one,) = [document for document in documents if document["kind"] == "Deployment"]
-    gate, router = one["spec"]["template"]["spec"]["containers"]
-    return gate, router
 
 
 class Replica(BaseHTTPRequestHandler):
@@ -83,79 +67,20 @@ def replica():
     server.server_close()
 
 
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-def until_ready(client):
-    for _ in range(150):
-        time.sleep(0.2)
-        try:
-            if client.get("/readiness").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-    raise RuntimeError("not ready in 30 s")
-
-
 @pytest.fixture(scope="module")
 def router(tmp_path_factory):
-    port = free_port()
-    (policy,) = [word for word in manifest()[1]["args"] if word.startswith("--policy=")]
     with ExitStack() as stack:
         replicas = [stack.enter_context(replica()) for _ in range(3)]
-        workers = ["--worker-urls", *replicas]
-        log = stack.enter_context((tmp_path_factory.mktemp("router") / "log").open("w"))
-        process = subprocess.Popen(
-            [
-                ROUTER,
-                f"--port={port}",
-                f"--api-key={KEY}",
-                policy,
-                f"--prometheus-port={free_port()}",
-                *workers,
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        stack.callback(process.wait, timeout=30)
-        stack.callback(process.terminate)
-        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20))
-        until_ready(client)
-        yield client
+        yield stack.enter_context(routing.router(replicas, tmp_path_factory.mktemp("router")))
 
 
 @pytest.fixture(scope="module")
 def gate(router, tmp_path_factory):
-    """nginx with the manifest's template and flags, as its image fills them in."""
-    if not NGINX or not NJS.exists():
-        pytest.skip("needs nginx with JavaScript (Debian's nginx-light, libnginx-mod-http-js)")
-    folder, port = tmp_path_factory.mktemp("gate"), free_port()
-    base = ROOT / "deploy/kubernetes/base"
-    template = (base / "default.conf.template").read_text()
-    server = template.replace("${API_KEY}", KEY).replace("listen 8080", f"listen 127.0.0.1:{port}")
-    server = server.replace("127.0.0.1:8081", router.base_url.netloc.decode())
-    server = server.replace("/etc/nginx/templates", str(base))
-    _, _, flags = manifest()[0]["args"]
-    flags = flags.replace("modules/ngx_http_js_module.so", str(NJS))
-    paths = " ".join(
-        f"{kind}_temp_path {folder}/{kind};"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    user = "" if os.getuid() else "user root;"  # or its workers could not write to the folder
-    (folder / "nginx.conf").write_text(
-        f"{user} pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-        f"http {{ access_log off; {paths}\n{server} }}\n"
-    )
-    command = [NGINX, "-p", folder, "-c", folder / "nginx.conf", "-g", flags]
-    process = subprocess.Popen(command)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        until_ready(client)
+    if routing.MISSING:
+        pytest.skip(routing.MISSING)
+    url = str(router.base_url)
+    with routing.gate(url, tmp_path_factory.mktemp("gate")) as client:
         yield client
-    process.terminate()
-    process.wait(timeout=30)
 
 
 def ask(router, headers, path="/v1/chat/completions", **fields):
@@ -198,7 +123,7 @@ def test_other_routes_that_read_budgets_are_routed_the_same(router, path):
 
 
 def test_the_probes_of_the_manifest_are_answered(gate):
-    container, _ = manifest()
+    container, _ = routing.manifest()
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert gate.get(container[probe]["httpGet"]["path"]).status_code == 200
 
@@ -341,7 +266,9 @@ def test_a_stream_arrives_as_it_is_made(gate):
 
 
 def test_the_router_knows_every_flag_of_the_manifest():
-    told = subprocess.run([ROUTER, "--help"], capture_output=True, text=True, check=True).stdout
-    for word in manifest()[1]["args"]:
+    told = subprocess.run(
+        [routing.ROUTER, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for word in routing.manifest()[1]["args"]:
         if word.startswith("--"):
             assert f"  {word.split('=')[0]} " in told or f"  {word.split('=')[0]}\n" in told, word
