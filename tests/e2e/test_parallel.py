@@ -206,8 +206,9 @@ def test_a_server_with_a_pipeline_answers_and_explains_as_the_oracle(
 def test_a_server_with_two_engines_answers_as_the_oracle_and_counts_what_both_do(
     clip_checkpoint, oracle, tmp_path
 ):
-    command = serve(clip_checkpoint, *EXACT, "--data-parallel-size", "2")
-    with running(command, tmp_path) as server:
+    engines = ("--data-parallel-size", "2", "--api-server-count", "1")
+    command = serve(clip_checkpoint, *EXACT, *engines)
+    with running(command, tmp_path, environment=A_CORE_EACH) as server:
         check_all(server, oracle)
         text = httpx.get(f"{server.url}/metrics").text
     samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
