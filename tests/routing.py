@@ -24,7 +24,8 @@ MISSING = (
     if NGINX and NJS.exists()
     else "needs nginx with JavaScript (Debian's nginx-light, libnginx-mod-http-js)"
 )
-KEY = "0123456789abcdef"
+READY = "/readiness"
+KEY = "0123456789abcdefABCDEF" * 3  # as long as `openssl rand -hex 32` makes them, and longer
 
 
 def manifest() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,22 +43,24 @@ def free_port() -> int:
 
 
 @contextmanager
-def _running(command: Sequence[str | Path], url: str, log: Path) -> Iterator[httpx.Client]:
+def _running(
+    command: Sequence[str | Path], url: str, log: Path, path: str
+) -> Iterator[httpx.Client]:
     with log.open("w") as output, httpx.Client(base_url=url, timeout=20) as client:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait(client, log)
+            _wait(client, log, path)
             yield client
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def _wait(client: httpx.Client, log: Path) -> None:
+def _wait(client: httpx.Client, log: Path, path: str) -> None:
     for _ in range(150):
         time.sleep(0.2)
         try:
-            if client.get("/readiness").status_code == 200:
+            if client.get(path).status_code == 200:
                 return
         except httpx.TransportError:
             pass
@@ -73,13 +76,16 @@ def router(replicas: Sequence[str], folder: Path) -> Iterator[httpx.Client]:
         ROUTER, f"--port={port}", f"--api-key={KEY}", policy,
         f"--prometheus-port={free_port()}", "--worker-urls", *replicas,
     ]  # fmt: skip
-    with _running(command, f"http://127.0.0.1:{port}", folder / "router.log") as client:
+    with _running(command, f"http://127.0.0.1:{port}", folder / "router.log", READY) as client:
         yield client
 
 
 @contextmanager
-def gate(router_url: str, folder: Path) -> Iterator[httpx.Client]:
-    """nginx with the manifest's template and flags, as its image fills them in."""
+def gate(router_url: str, folder: Path, path: str = READY) -> Iterator[httpx.Client]:
+    """nginx with the manifest's template and flags, as its image fills them in.
+
+    Waits until it answers `path`.
+    """
     port = free_port()
     server = (BASE / "default.conf.template").read_text()
     for before, after in (
@@ -103,5 +109,5 @@ def gate(router_url: str, folder: Path) -> Iterator[httpx.Client]:
     )
     assert NGINX
     command = [NGINX, "-p", folder, "-c", folder / "nginx.conf", "-g", flags]
-    with _running(command, f"http://127.0.0.1:{port}", folder / "nginx.log") as client:
+    with _running(command, f"http://127.0.0.1:{port}", folder / "nginx.log", path) as client:
         yield client

@@ -1,6 +1,7 @@
 """`hiprune-serve`: vLLM's own server with the HiPrune plugins switched on."""
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 KEY = "VLLM_API_KEY"
 """vLLM's own variable: with it every /v1 route asks for this key."""
 KEY_FILE = f"{KEY}_FILE"
+NUMA = "libnuma.so.1"
 WORKER_EXTENSION = "hiprune_vllm.engine.explain.ExplainExtension"
 
 
@@ -198,10 +200,13 @@ def serve(flags: Sequence[str], config: Config) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from hiprune_server.endpoint import HiPruneEndpointPlugin
 
+    if current_platform.is_cpu():
+        check_libraries()
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hiprune-serve"))
     args = parser.parse_args(list(flags))
@@ -229,6 +234,20 @@ def serve(flags: Sequence[str], config: Config) -> None:
     # restarts what has failed would not.
     if HiPruneEndpointPlugin.engine_died:
         sys.exit("the engine has died")
+
+
+def check_libraries() -> None:
+    """Ends the program where the system lacks what the CPU engine loads.
+
+    The engine would go on without it, and fail for an operation that it does not find.
+    """
+    try:
+        ctypes.CDLL(NUMA)
+    except OSError as error:
+        sys.exit(
+            f"hiprune-serve: error: the CPU engine needs {NUMA}: install libnuma1 (Debian, Ubuntu) "
+            f"or numactl-libs (Fedora, RHEL); {error}"
+        )
 
 
 def let_a_start_be_stopped() -> None:

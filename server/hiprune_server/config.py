@@ -227,7 +227,7 @@ def _value(
 ) -> Value:
     if setting.key in flags:
         source, text = setting.flag, flags[setting.key]
-    elif setting.variable in environment:
+    elif environment.get(setting.variable):  # an empty one, as in `.env`, says nothing
         source, text = setting.variable, environment[setting.variable]
     else:
         source, text = f"{path}: {setting.key}", None

@@ -194,3 +194,9 @@ def test_the_sample_picture_is_a_picture():
     assert image.size == (16, 16)
     assert image.getpixel((0, 0)) == (0x30, 0x50, 0xC0)
     assert image.getpixel((8, 8)) == (0xD0, 0x30, 0x30)
+
+
+def test_a_system_without_what_the_cpu_engine_loads_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(cli, "NUMA", "libnothing.so.1")
+    with pytest.raises(SystemExit, match=r"needs libnothing\.so\.1: install libnuma1"):
+        cli.check_libraries()

@@ -29,6 +29,12 @@ def test_nothing_set_is_what_is_built_in():
     assert {found.source for found in config.values.values()} == {"built in"}
 
 
+def test_an_empty_variable_says_nothing():
+    """As Compose passes on a line of `.env` that has no value."""
+    empty = load({}, {setting.variable: "" for setting in SETTINGS})
+    assert empty.values == load({}, {}).values
+
+
 def test_flags_come_before_variables_before_the_file(file):
     flags = {"config": str(file), "default": '{"tokens": 300}'}
     variables = {

@@ -1,5 +1,6 @@
 """What Kubernetes would be told: schemas, and what the resources say of each other."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -50,11 +51,30 @@ def test_the_schemas_would_find_a_mistake(tmp_path):
     assert validate(NEWEST, wrong).returncode
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, for its kustomize")
-def test_kustomize_puts_it_together():
-    ran = subprocess.run(["kubectl", "kustomize", FOLDER], capture_output=True, text=True)
+def kustomized(folder):
+    ran = subprocess.run([BIN / "kubectl", "kustomize", folder], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    made = list(yaml.safe_load_all(ran.stdout))
+    return list(yaml.safe_load_all(ran.stdout))
+
+
+def test_the_documented_overlay_sets_registry_size_label_and_model(tmp_path):
+    shutil.copytree(ROOT / "deploy", tmp_path / "hiprune" / "deploy")
+    text = (ROOT / "docs/deploy.md").read_text()
+    (overlay,) = re.findall(r"^```yaml\n(resources: .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "overlay").mkdir()
+    (tmp_path / "overlay/kustomization.yaml").write_text(overlay)
+    made = kustomized(tmp_path / "overlay")
+    (server,) = [one for one in made if one["kind"] == "StatefulSet"]
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith("registry.example.org/hiprune-gpu:")
+    assert container["args"][0] == "llava-hf/llava-v1.6-mistral-7b-hf"
+    assert server["spec"]["replicas"] == 4
+    (monitor,) = [one for one in made if one["kind"] == "ServiceMonitor"]
+    assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+
+
+def test_kustomize_puts_it_together():
+    made = kustomized(FOLDER)
     kinds = [one["kind"] for one in made]
     assert len(made) == len(resources()) + 3  # the settings, the gate and the dashboard
     assert all(one["metadata"].get("namespace", "hiprune") == "hiprune" for one in made)

@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -122,18 +123,38 @@ def test_other_routes_that_read_budgets_are_routed_the_same(router, path):
     assert there["replica"] == ask(router, {"X-Session-ID": "s1"})["replica"]
 
 
-def test_the_probes_of_the_manifest_are_answered(gate):
-    container, _ = routing.manifest()
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert gate.get(container[probe]["httpGet"]["path"]).status_code == 200
+def test_the_probes_of_the_manifest_are_answered(gate, router):
+    of_gate, of_router = routing.manifest()
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert gate.get(of_gate[probe]["httpGet"]["path"]).status_code == 200
+    address = router.base_url.netloc.decode()
+    for probe in ("startupProbe", "livenessProbe"):
+        _, *words = of_router[probe]["exec"]["command"]
+        assert "127.0.0.1:8081" in words[-1]
+        words[-1] = words[-1].replace("127.0.0.1:8081", address)
+        assert subprocess.run([sys.executable, *words]).returncode == 0
+        words[-1] = words[-1].replace(address, f"127.0.0.1:{routing.free_port()}")
+        assert subprocess.run([sys.executable, *words], capture_output=True).returncode
+
+
+def test_a_gate_without_a_router_is_alive_and_not_ready(tmp_path_factory):
+    if routing.MISSING:
+        pytest.skip(routing.MISSING)
+    nobody = f"http://127.0.0.1:{routing.free_port()}"
+    with routing.gate(nobody, tmp_path_factory.mktemp("gate"), path="/alive") as client:
+        assert client.get("/readiness").status_code == 503
+        refused = client.post("/v1/chat/completions", headers=with_key(), json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, 503)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/hiprune/explain"])
 def test_the_gate_asks_for_the_key(gate, path):
-    for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": KEY}):
+    wrong = ("Bearer other", KEY, f"Bearer {KEY}0", f"Bearer 0{KEY}", f"Bearer {KEY.lower()}")
+    for headers in ({}, *({"Authorization": given} for given in wrong)):
         refused = gate.post(path, headers=headers, json={"model": "m", "messages": []})
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == 401
+    assert ask(gate, {"Authorization": f"bearer {KEY}"}, path)["path"] == path
     there = ask(gate, {"X-Session-ID": "s1", "Authorization": f"Bearer {KEY}"}, path)
     assert (there["path"], there["key"]) == (path, f"Bearer {KEY}")
 
