@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from loadtests import servers
 from tests.e2e.offline import ENVIRONMENT
@@ -41,6 +43,19 @@ class Server:
         content = {"content": body} if isinstance(body, str) else {"json": body}
         headers = {"Content-Type": "application/json"}
         return httpx.post(self.url + path, headers=headers, timeout=120, **content)
+
+    def samples(self) -> list[Sample]:
+        """Everything on `/metrics`, read with Prometheus' own parser."""
+        text = httpx.get(f"{self.url}/metrics").text
+        return [one for family in text_string_to_metric_families(text) for one in family.samples]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of the samples of that name that have these labels, and perhaps others."""
+        return sum(
+            one.value
+            for one in self.samples()
+            if one.name == name and labels.items() <= one.labels.items()
+        )
 
     def ask(self, images: Sequence[Any], text: str = "What is this?", **options: Any) -> Any:
         """A greedy chat completion about `images` (PIL pictures or URLs)."""

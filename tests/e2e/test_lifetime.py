@@ -9,7 +9,6 @@ import time
 import httpx
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.offline import ENVIRONMENT
 from tests.e2e.serving import BIN, content, running
@@ -57,13 +56,7 @@ def reading(server, **options):
 
 
 def under_way(server):
-    text = httpx.get(f"{server.url}/metrics").text
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "vllm:num_requests_running"
-    )
+    return server.total("vllm:num_requests_running")
 
 
 def until(condition, seconds):

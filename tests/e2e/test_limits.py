@@ -3,7 +3,6 @@
 import httpx
 import pytest
 from openai import BadRequestError
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.serving import running, serve
 from tests.photos import data_url, photo
@@ -121,13 +120,11 @@ def test_other_routes_refuse_a_budget_and_are_vllms_without(server, route):
 
 
 def scraped(server):
-    """Sample -> value of our metrics, read with Prometheus' own parser."""
-    text = httpx.get(f"{server.url}/metrics").text
+    """Sample -> value of our metrics."""
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        if family.name.startswith("hiprune_")
-        for sample in family.samples
+        for sample in server.samples()
+        if sample.name.startswith("hiprune_")
     }
 
 

@@ -2,10 +2,8 @@
 
 from contextlib import ExitStack
 
-import httpx
 import pytest
 from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests import routing
 from tests.e2e.serving import BIN, content, running
@@ -24,7 +22,7 @@ def replicas(tmp_path_factory):
     key = {"VLLM_API_KEY": routing.KEY}
     with ExitStack() as stack:
         yield [
-            stack.enter_context(running(command, folder, model="hiprune-demo", environment=key)).url
+            stack.enter_context(running(command, folder, model="hiprune-demo", environment=key))
             for _ in range(2)
         ]
 
@@ -34,21 +32,10 @@ def client(replicas, tmp_path_factory):
     """OpenAI's, which knows nothing of replicas."""
     folder = tmp_path_factory.mktemp("gate")
     with (
-        routing.router(replicas, folder) as router,
+        routing.router([replica.url for replica in replicas], folder) as router,
         routing.gate(str(router.base_url), folder) as gate,
     ):
         yield OpenAI(base_url=f"{gate.base_url}/v1", api_key=routing.KEY, max_retries=0, timeout=60)
-
-
-def pictures(url):
-    """How many pictures a replica has served."""
-    text = httpx.get(f"{url}/metrics").text
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "hiprune_images_total"
-    )
 
 
 def test_follow_up_questions_find_the_picture_in_the_prefix_cache(client, replicas):
@@ -66,6 +53,6 @@ def test_follow_up_questions_find_the_picture_in_the_prefix_cache(client, replic
             details = answer.usage.prompt_tokens_details
             cached = details.cached_tokens if details else 0
             assert (cached >= 256) == (turn > 0), (question, answer.usage)
-    served = [pictures(url) for url in replicas]
+    served = [replica.total("hiprune_images_total") for replica in replicas]
     assert sum(served) == len(shown) * len(QUESTIONS)
     assert min(served) >= len(QUESTIONS)  # both have some

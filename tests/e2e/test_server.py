@@ -111,12 +111,7 @@ def test_concurrent_clients_get_the_answers_they_get_alone(server):
 
 
 def cached_tokens(server):
-    metrics = httpx.get(f"{server.url}/metrics").text
-    return sum(
-        float(line.split()[-1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:prefix_cache_hits_total")
-    )
+    return server.total("vllm:prefix_cache_hits_total")
 
 
 def test_a_prefix_cache_hit_gives_the_same_answer(server):

@@ -2,7 +2,6 @@
 
 import json
 
-import httpx
 import pytest
 from openai import BadRequestError
 
@@ -255,12 +254,7 @@ def test_a_plan_where_it_has_no_effect_is_a_400_that_says_where_it_belongs(serve
 
 
 def prefix_cache_hits(server):
-    metrics = httpx.get(f"{server.url}/metrics").text
-    return sum(
-        float(line.split()[-1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:prefix_cache_hits_total")
-    )
+    return server.total("vllm:prefix_cache_hits_total")
 
 
 def test_two_spellings_of_one_budget_share_their_cache_entries(server):
