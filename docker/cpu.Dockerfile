@@ -26,8 +26,10 @@ RUN apt-get update \
     && useradd --uid 10001 --gid 0 --no-log-init --home-dir /var/cache/hiprune --shell /usr/sbin/nologin hiprune \
     && install --directory --owner 10001 --group 0 --mode 0775 /var/cache/hiprune
 COPY --from=build /opt/hiprune /opt/hiprune
-# All that is written at run time goes to the home, a volume, or to the temporary folder.
-ENV PATH=/opt/hiprune/bin:$PATH \
+# All that is written at run time goes to the home, a volume, or to the temporary folder. There is no
+# compiler here: what the engine would compile at a request's first use runs as it is.
+ENV TORCH_COMPILE_DISABLE=1 \
+    PATH=/opt/hiprune/bin:$PATH \
     HOME=/var/cache/hiprune \
     USER=hiprune \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -37,6 +37,9 @@ _DEMO_ENVIRONMENT = {
     # In the engine's processes glibc gives freed buffers of 1 MiB and more back. It would keep them
     # for later, in holes between what lives long, and their memory would grow without a leak.
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    # vLLM's sampler compiles what log-probabilities need when they are first asked for: where there
+    # is no C++ compiler, that request would end the engine.
+    "TORCH_COMPILE_DISABLE": "1",
 }
 
 DRAIN_S = 30

@@ -151,7 +151,8 @@ def _stop_in_good_order(app: FastAPI) -> threading.Event:
     Returns:
         An event that is set once the engine is asked to stop, rather than dead.
     """
-    engine, loop, asked = app.state.engine_client, asyncio.get_running_loop(), threading.Event()
+    state = app.state  # vLLM takes it off the app before it stops an engine that has died
+    engine, loop, asked = state.engine_client, asyncio.get_running_loop(), threading.Event()
     stop = engine.shutdown
 
     def shutdown(*args: Any, **kwargs: Any) -> None:  # called in a thread; returns when drained
@@ -159,9 +160,8 @@ def _stop_in_good_order(app: FastAPI) -> threading.Event:
         try:
             stop(*args, **kwargs)
         finally:
-            server = app.state.server
             loop.call_soon_threadsafe(
-                loop.call_later, LAST_CHUNKS_S, setattr, server, "force_exit", True
+                loop.call_later, LAST_CHUNKS_S, setattr, state.server, "force_exit", True
             )
 
     engine.shutdown = shutdown

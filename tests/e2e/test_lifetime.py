@@ -118,6 +118,18 @@ def test_a_stream_that_outlasts_the_drain_does_not_keep_the_server(start):
         assert not reader.is_alive()
 
 
+def test_the_demo_needs_no_compiler(tmp_path):
+    """vLLM's sampler compiles functions when they are first needed."""
+    nothing = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    command = [str(BIN / "hiprune-serve"), "--demo"]
+    with running(command, tmp_path, model="hiprune-demo", environment=nothing) as server:
+        for options in (
+            {"logprobs": True, "top_logprobs": 3},
+            {"temperature": 1, "top_p": 0.9, "extra_body": {"top_k": 5, "min_p": 0.1}},
+        ):
+            assert server.ask([photo("coffee")], **options).choices
+
+
 def test_a_server_that_is_told_to_stop_while_it_loads_its_model_stops(tmp_path):
     command = [BIN / "hiprune-serve", "--demo", "--port", "0"]
     with (tmp_path / "log").open("w") as log:
