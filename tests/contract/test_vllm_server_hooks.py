@@ -1,0 +1,103 @@
+"""Every vLLM hook that the server relies on, so that an upgrade says what moved."""
+
+import inspect
+
+import zmq
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+from vllm.entrypoints.openai.chat_completion import api_router
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.multimodal.media.connector import MediaConnector
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.engine import utils as engine_utils
+
+from hiprune_server.endpoint import HiPruneEndpointPlugin
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_endpoint_plugin_is_one():
+    plugin = HiPruneEndpointPlugin()
+    assert isinstance(plugin, EndpointPlugin)
+    assert parameters(plugin.init_state) == parameters(EndpointPlugin.init_state)[1:]
+
+
+def test_the_chat_handler_has_the_methods_that_are_overridden():
+    assert inspect.iscoroutinefunction(OpenAIServingChat.chat_completion_full_generator)
+    assert inspect.isasyncgenfunction(OpenAIServingChat.chat_completion_stream_generator)
+    for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
+        assert parameters(getattr(OpenAIServingChat, name))[:2] == ["self", "request"]
+    source = inspect.getsource(OpenAIServingChat._create_chat_completion)
+    assert "await self.render_chat_request(request)" in source
+    assert "self.online_renderer" in inspect.getsource(OpenAIServingChat.render_chat_request)
+    assert "openai_serving_chat" in inspect.getsource(api_router.chat)
+
+
+def test_the_responses_handler_has_the_methods_that_are_overridden():
+    handler = OpenAIServingResponses
+    for name in ("responses_full_generator", "responses_stream_generator"):
+        assert parameters(getattr(handler, name))[:4] == [
+            "self",
+            "request",
+            "sampling_params",
+            "result_generator",
+        ]
+    assert inspect.isasyncgenfunction(handler.responses_stream_generator)
+    assert "self.online_renderer.render_responses(" in inspect.getsource(
+        handler._render_resolved_response_inputs
+    )
+
+
+def test_the_messages_handler_goes_through_chat():
+    handler = AnthropicServingMessages
+    assert issubclass(handler, OpenAIServingChat)
+    assert "self.create_chat_completion(chat_req" in inspect.getsource(handler.create_messages)
+    assert "self.render_chat_request(chat_req)" in inspect.getsource(handler.count_tokens)
+    assert parameters(handler.messages_full_converter) == ["self", "generator"]
+    assert parameters(handler.message_stream_converter) == ["self", "generator"]
+    # What a picture's wish travels behind.
+    source = {"type": "base64", "media_type": "image/png", "data": "AA#wish"}
+    assert handler._convert_image_source_to_url(source) == "data:image/png;base64,AA#wish"
+
+
+def test_all_messages_are_rendered_in_one_place():
+    renderer = OnlineRenderer
+    assert parameters(renderer.preprocess_chat)[:3] == ["self", "request", "messages"]
+    for method in (renderer.render_chat, renderer.render_responses):
+        assert "await self.preprocess_chat(" in inspect.getsource(method)
+        assert "skip_mm_cache" in parameters(method)
+
+
+def test_pictures_are_loaded_by_a_connector_of_ones_own():
+    from vllm import envs
+
+    assert "VLLM_MEDIA_CONNECTOR" in envs.environment_variables
+    for method in (MediaConnector.load_from_url, MediaConnector.load_from_url_async):
+        assert parameters(method)[:3] == ["self", "url", "media_io"]
+
+
+def test_an_interrupt_is_still_dropped_while_an_engine_is_waited_for():
+    """What `let_a_start_be_stopped` is for, and where it takes hold."""
+    with engine_utils.zmq_socket_ctx(f"inproc://{__name__}", zmq.ROUTER, bind=True):
+        raise KeyboardInterrupt
+    assert "zmq_socket_ctx(" in inspect.getsource(engine_utils.launch_core_engines)
+
+
+def test_requests_keep_unknown_fields_for_us():
+    request = ChatCompletionRequest(messages=[], model="m", hiprune={"tokens": 5})
+    assert request.model_extra == {"hiprune": {"tokens": 5}}
+
+
+def test_the_renderer_asks_before_it_takes_processor_options():
+    assert parameters(validate_request_mm_kwargs) == [
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "trust_request_mm_kwargs",
+    ]
+    source = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert "trust_request_mm_kwargs=self.trust_request_mm_kwargs" in source
