@@ -46,7 +46,13 @@ DRAIN_S = 30
 """Seconds that requests have to finish once the server is told to stop; vLLM's own default is 0."""
 KEYS = tuple(setting.key for setting in SETTINGS)
 
-SAFE_MEDIA = {"VLLM_MEDIA_CONNECTOR": "hiprune", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+SAFE_MEDIA = {
+    "VLLM_MEDIA_CONNECTOR": "hiprune",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    # A host that fails is told to the client at once, which asks again when it likes to.
+    "VLLM_MEDIA_FETCH_MAX_RETRIES": "1",
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "64",  # as much as a body may have
+}
 """vLLM's own variables, unless they are set: see `hiprune_server.media`."""
 MAX_PIXELS = "VLLM_MAX_IMAGE_PIXELS"
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
