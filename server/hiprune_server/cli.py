@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from hiprune_server import demo
-from hiprune_server.config import BUILT_IN, FILE, PIXELS, SETTINGS, Config, ConfigError, load
+from hiprune_server.config import (
+    BUILT_IN,
+    FILE,
+    PIXELS,
+    PRESETS,
+    SETTINGS,
+    Config,
+    ConfigError,
+    load,
+)
 from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
 
 ENDPOINT_PLUGIN = "hiprune_api"
@@ -125,7 +134,7 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
         settings.add_argument(one.flag, dest=one.key, metavar=one.shape, help=told)
     settings.add_argument(
         "--hiprune-preset", action="append", default=[], metavar="DETAIL=JSON",
-        help='the same as --hiprune-preset-low or -high, e.g. low=\'{"ratio": 0.111}\'',
+        help='the same as --hiprune-preset-low and the like, e.g. low=\'{"ratio": 0.111}\'',
     )  # fmt: skip
     own, rest = parser.parse_known_args(argv)
     unknown = [flag for flag in rest if flag.startswith("--hiprune")]
@@ -141,9 +150,8 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
         detail, _, text = preset.partition("=")
         key = f"presets.{detail}"
         if key not in KEYS or key in given:
-            parser.error(
-                f"--hiprune-preset takes low=JSON and high=JSON, once each, got {preset!r}"
-            )
+            forms = ", ".join(f"{name}=JSON" for name in PRESETS)
+            parser.error(f"--hiprune-preset takes {forms}, once each, got {preset!r}")
         given[key] = text
     try:
         return own, rest, load(given, os.environ)

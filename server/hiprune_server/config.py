@@ -95,7 +95,7 @@ class Config:
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
         """`detail` of an image -> its plan."""
-        return {name: self[f"presets.{name}"] for name in ("low", "high")}
+        return {name: self[f"presets.{name}"] for name in PRESETS}
 
     def text(self) -> str:
         """Every setting with its source, as YAML with comments."""
@@ -172,6 +172,8 @@ SETTINGS: Final = (
             {"ratio": 0.111}),
     Setting("presets.high", "JSON", 'plan of an image with detail "high"', _plan, _json,
             {"ratio": 1.0}),
+    Setting("presets.original", "JSON", 'plan of an image with detail "original"', _plan, _json,
+            {"ratio": 1.0}),
     Setting("limits.min_tokens", "N", "fewest visual tokens that an image may be asked to keep",
             _count, _number, 1),
     Setting("limits.max_tokens", "N", "most visual tokens that an image may be asked to keep",
@@ -189,6 +191,13 @@ SETTINGS: Final = (
     Setting("playground", "BOOL", "whether the page /playground is there",
             _switch, _true_or_false, True),
 )  # fmt: skip
+
+PRESETS: Final = tuple(
+    setting.key.removeprefix("presets.")
+    for setting in SETTINGS
+    if setting.key.startswith("presets.")
+)
+"""OpenAI's words for an image's `detail`, but `auto`: those that stand for a plan."""
 
 
 def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Config:
@@ -275,7 +284,7 @@ def _check(config: Config) -> None:
             f"limits.min_tokens ({config.values['limits.min_tokens'].source}) must not be above "
             f"limits.max_tokens, got {limits.min_tokens} and {limits.max_tokens}"
         )
-    for key in ("default", "presets.low", "presets.high"):
+    for key in ("default", *(f"presets.{name}" for name in PRESETS)):
         plan = config[key]
         tokens = plan.get("tokens")
         if tokens is not None and not limits.min_tokens <= tokens <= limits.max_tokens:

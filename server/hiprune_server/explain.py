@@ -5,7 +5,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
+from hiprune_server.details import DETAILS
 from hiprune_server.rendering import images_kept, refused
 from hiprune_server.wishes import Pruning
 from hiprune_vllm.plan import FIELD, PlanError
@@ -39,7 +40,9 @@ class PictureURL(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     url: str = Field(description="A data URL, or another one where the server allows it.")
-    detail: str | None = Field(None, description="A preset of the operator: low, high or auto.")
+    detail: Literal[DETAILS] | None = Field(  # type: ignore[valid-type]
+        None, description="A preset of the operator, or auto: none."
+    )
 
 
 class ExplainRequest(BaseModel):

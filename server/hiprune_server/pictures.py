@@ -166,8 +166,8 @@ def _orientation(image: Image.Image) -> int:
     What is damaged there is not the picture. Pillow has turned a TIFF by its own tag already.
     """
     try:
-        number = image.getexif().get(_ORIENTATION, 1)
-        return next((one for one in _TURNS if one == number), 1)
+        number = image.getexif().get(_ORIENTATION)
+        return number if isinstance(number, int) else 1
     except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
         return 1
 

@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
+from hiprune_server.details import settled
 from hiprune_server.rendering import STUMBLES, refused
 from hiprune_server.wishes import tag
 from hiprune_vllm.plan import PlanError
@@ -35,6 +36,10 @@ class _Readable(BaseModel):
                 f"{len(f'{number:x}')} hexadecimal digits",
                 parameter=path,
             )
+        try:
+            body = settled(body)
+        except PlanError as error:
+            raise refused(error) from error
         try:
             return handler(body)
         except STUMBLES as error:

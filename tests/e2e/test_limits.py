@@ -8,7 +8,7 @@ from tests.e2e.serving import running, serve
 from tests.photos import data_url, photo
 
 SETTINGS = """
-presets: {low: {tokens: 50}}
+presets: {low: {tokens: 50}, original: {tokens: 300}}
 limits: {min_tokens: 16, max_tokens: 400, methods: [hiprune, attention], fixed: [object_layer]}
 """
 QUESTION = {"type": "text", "text": "What is this?"}
@@ -50,6 +50,7 @@ def ask(server, picture, *, detail=None, own=None, plan=None):
         ({"detail": "auto"}, 400, "default"),
         ({"detail": "low"}, 50, "detail"),
         ({"detail": "high"}, 400, "detail"),
+        ({"detail": "original"}, 300, "detail"),
         ({"detail": "low", "plan": {"tokens": 100}}, 50, "detail"),
         ({"detail": "auto", "plan": {"tokens": 100}}, 100, "request"),
         ({"detail": "low", "own": {"tokens": 70}}, 70, "image"),
@@ -97,7 +98,11 @@ def test_a_wish_outside_the_limits_is_a_400_that_names_the_limit(
 
 def test_get_hiprune_shows_presets_and_limits(server):
     told = httpx.get(f"{server.url}/v1/hiprune").json()
-    assert told["presets"] == {"low": {"tokens": 50}, "high": {"ratio": 1.0}}
+    assert told["presets"] == {
+        "low": {"tokens": 50},
+        "high": {"ratio": 1.0},
+        "original": {"tokens": 300},
+    }
     assert told["limits"]["tokens"] == {"type": "integer", "minimum": 16, "maximum": 400}
     assert told["limits"]["method"] == {"enum": ["hiprune", "attention"]}
     assert "object_layer" not in told["limits"]

@@ -47,6 +47,7 @@ ALLOWED = {
     ],
     "hiprune_server/cli.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/config.py": ["yaml", "hiprune_vllm.plan", "hiprune_vllm.pruning.budget"],
+    "hiprune_server/details.py": ["hiprune_server.config", "hiprune_vllm.plan"],
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/requests.py": ["vllm", "pydantic", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/resending.py": [],

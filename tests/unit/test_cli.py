@@ -31,7 +31,7 @@ def test_other_flags_are_vllms_untouched():
             ["m", "--hiprune-default", '{"tokens": 0}'],
             "--hiprune-default.tokens must be an integer",
         ),
-        (["m", "--hiprune-preset", "medium={}"], "--hiprune-preset takes low=JSON and high=JSON"),
+        (["m", "--hiprune-preset", "medium={}"], "takes low=JSON, high=JSON, original=JSON,"),
         (["m", "--hiprune-preset", "low={}", "--hiprune-preset-low", "{}"], "once each"),
         (["m", "--hiprune-config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
         (["m", "--hiprune-defaults", "{}"], "unknown flag --hiprune-defaults"),

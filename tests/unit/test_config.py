@@ -24,7 +24,11 @@ def file(tmp_path):
 def test_nothing_set_is_what_is_built_in():
     config = load({}, {"HOME": "/root"})
     assert config["default"] == {}
-    assert config.presets == {"low": {"ratio": 0.111}, "high": {"ratio": 1.0}}
+    assert config.presets == {
+        "low": {"ratio": 0.111},
+        "high": {"ratio": 1.0},
+        "original": {"ratio": 1.0},
+    }
     assert config.limits == NO_LIMITS
     assert {found.source for found in config.values.values()} == {"built in"}
 
