@@ -134,7 +134,7 @@ def _of_icon(data: bytes) -> tuple[Image.Image, bytes]:
         else:  # a bitmap above its mask
             width, height = struct.unpack_from("<ii", data, start + 4)
             height //= 2
-        return abs(width * height)
+        return abs(int(width) * int(height))
 
     best = max(range(len(icons.entry)), key=lambda i: (pixels(i), icons.entry[i].color_depth))
     if pixels(best) > MAX_PYTHON_PIXELS:
@@ -167,7 +167,7 @@ def _orientation(image: Image.Image) -> int:
     """
     try:
         number = image.getexif().get(_ORIENTATION)
-        return number if isinstance(number, int) else 1
+        return int(number) if isinstance(number, int) else 1
     except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
         return 1
 

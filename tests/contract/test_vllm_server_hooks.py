@@ -1,20 +1,28 @@
 """Every vLLM hook that the server relies on, so that an upgrade says what moved."""
 
 import inspect
+from http import HTTPStatus
 
 import zmq
+from vllm.connections import HTTPConnection
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion import api_router
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GracefulHTTPError
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.media import VideoMediaIO
 from vllm.multimodal.media.connector import MediaConnector
+from vllm.multimodal.media.image import ImageMediaIO
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine import utils as engine_utils
 
 from hiprune_server.endpoint import HiPruneEndpointPlugin
+from hiprune_server.media import GuardedConnector
 
 
 def parameters(function):
@@ -79,6 +87,26 @@ def test_pictures_are_loaded_by_a_connector_of_ones_own():
     assert "VLLM_MEDIA_CONNECTOR" in envs.environment_variables
     for method in (MediaConnector.load_from_url, MediaConnector.load_from_url_async):
         assert parameters(method)[:3] == ["self", "url", "media_io"]
+    assert GuardedConnector().connection is not MediaConnector().connection
+
+
+def test_pictures_are_decoded_by_a_class_of_ones_own():
+    for fetch in (MediaConnector.fetch_image, MediaConnector.fetch_image_async):
+        assert "ImageMediaIO(" in inspect.getsource(fetch)
+    assert set(vars(ImageMediaIO())) >= {"image_mode", "rgba_background_color"}
+    assert parameters(ImageMediaIO.load_base64) == ["self", "media_type", "data"]
+    assert "self.image_io.load_base64" in inspect.getsource(VideoMediaIO.load_base64)
+    hashed = inspect.getsource(MultiModalHasher.serialize_item)
+    assert '{"io_config": obj.io_config, "data": obj.original_bytes}' in hashed
+
+
+def test_hosts_are_asked_through_a_client_of_ones_own():
+    for load in (MediaConnector.load_from_url, MediaConnector.load_from_url_async):
+        assert "get_bytes(" in inspect.getsource(load)
+        assert "max_bytes=" in inspect.getsource(load)
+    assert "await self.get_async_client()" in inspect.getsource(HTTPConnection.get_async_response)
+    error = create_error_response(GracefulHTTPError("Later", HTTPStatus.GATEWAY_TIMEOUT)).error
+    assert (error.code, error.type, error.message) == (504, "Gateway Timeout", "Later")
 
 
 def test_an_interrupt_is_still_dropped_while_an_engine_is_waited_for():
