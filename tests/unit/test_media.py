@@ -2,12 +2,9 @@
 
 import asyncio
 import base64
-import io
 import logging
 import os
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pybase64
@@ -19,23 +16,15 @@ from vllm.multimodal.hasher import MultiModalHasher
 
 from hiprune_server.media import GuardedConnector, from_base64
 from hiprune_server.pictures import PictureError
+from tests import hosts
+from tests.hosts import BAD_HOSTS, BAD_URLS, png, wrapped
 
 DATA = os.urandom(10_000)
 PLAIN = base64.b64encode(DATA).decode()
 
 
-def png(image=None):
-    buffer = io.BytesIO()
-    (image or Image.new("RGB", (8, 8), "red")).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def url(data, kind="image/png"):
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def wrapped(text, width=76, end="\n"):
-    return end.join(text[i : i + width] for i in range(0, len(text), width)) + end
 
 
 @pytest.mark.parametrize(
@@ -152,52 +141,10 @@ def caplog_vllm(caplog):
     logger.removeHandler(caplog.handler)
 
 
-class Host(BaseHTTPRequestHandler):
-    """Gives what its path says."""
-
-    stopped = threading.Event()
-
-    def do_GET(self):
-        what = self.path.strip("/")
-        if what.isdigit():
-            self.send_response(int(what))
-            self.send_header("Location", "/picture")
-            self.end_headers()
-            return
-        if what == "silence":
-            self.stopped.wait(30)
-            return
-        if what == "break":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.end_headers()
-        if what == "picture":
-            self.wfile.write(png())
-        elif what == "page":
-            self.wfile.write(b"<!doctype html>")
-        try:
-            while what in ("endless", "trickle") and not self.stopped.is_set():
-                self.wfile.write(bytes(2**16 if what == "endless" else 1))
-                if what == "trickle":
-                    time.sleep(0.05)
-        except OSError:
-            pass  # the other side has had enough, as it should
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def host():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        Host.stopped.set()
-        server.shutdown()
+    with hosts.serving() as url:
+        yield url
 
 
 @pytest.fixture
@@ -227,42 +174,25 @@ def fetched(connector, text, fetch="fetch_image_async"):
         return error
 
 
-CLIENTS = {
-    "404": "its host answers 404",
-    "403": "its host answers 403",
-    "302": "its host answers 302, a redirect, which this server does not follow",
-    "page": "this HTML cannot be read",
-    "endless": "it has more than 1048576 bytes",
-}
-HOSTS = {
-    "500": (502, "its host answers 500"),
-    "503": (502, "its host answers 503"),
-    "429": (502, "its host answers 429"),
-    "silence": (504, "its host has not answered in time"),
-    "trickle": (504, "its host has not answered in time"),
-    "break": (502, "its host cannot be reached, or broke off"),
-}
-
-
 @pytest.mark.parametrize("kind", ["image", "video"])
-@pytest.mark.parametrize("path", CLIENTS)
+@pytest.mark.parametrize("path", BAD_URLS)
 def test_what_is_wrong_with_a_url_is_its_senders_fault(guarded, host, path, kind):
     if kind == "video" and path == "page":
         pytest.skip("what is no video is told by its decoder")
     error = fetched(guarded, f"{host}/{path}", f"fetch_{kind}_async")
     assert isinstance(error, VLLMValidationError)
     assert error.parameter == f"{kind}_url"
-    assert CLIENTS[path] in str(error)
+    assert BAD_URLS[path] in str(error)
     assert host.removeprefix("http://") not in str(error)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-@pytest.mark.parametrize("path", HOSTS)
+@pytest.mark.parametrize("path", BAD_HOSTS)
 def test_what_is_wrong_with_a_host_is_told_as_such_and_logged(
     guarded, host, path, kind, caplog_vllm
 ):
     error = fetched(guarded, f"{host}/{path}", f"fetch_{kind}_async")
-    status, told = HOSTS[path]
+    status, told = BAD_HOSTS[path]
     assert isinstance(error, GracefulHTTPError)
     assert (error.http_status, str(error)) == (status, f"{kind}_url cannot be fetched now: {told}")
     assert f"{kind}_url on 127.0.0.1: {told}" in caplog_vllm.text
