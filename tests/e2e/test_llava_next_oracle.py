@@ -30,6 +30,7 @@ PICTURES = {
     "tiny": ("chelsea", (40, 25)),
     "huge": ("hubble", (2600, 1900)),
 }
+ODD = ((26, 28), (332, 27), (1093, 5), (1, 1), (1, 2), (5000, 1), (1, 5000), (20, 8000))
 PLANS = (
     {"tokens": 640},
     {"tokens": 320, "alpha": 0.5, "buffer": "square"},
@@ -70,6 +71,13 @@ def run(path, names):
     )[0]
     forget(llm)
     results["full"] = generate(llm, [request(picture(n), None) for n in names])
+    results["odd"] = [
+        [
+            generate(llm, [request(photo("coffee").resize(size), plan)])[0]["prompt_tokens"]
+            for plan in (None, {"tokens": 20}, {"tokens": 20, "method": "random"})
+        ]
+        for size in ODD
+    ]
     results["nearly_full"] = one_by_one(llm, [request(picture("wide"), {"tokens": 2170})])[0]
 
     # In one batch of the model's: unpruned next to pruned, and the stock forward.
@@ -167,6 +175,15 @@ def test_answers_do_not_depend_on_the_batch(engine_results):
     _, results = engine_results
     for alone, batched in zip(results["cases"], results["batched"], strict=True):
         assert alone["tokens"] == batched["tokens"]
+
+
+def test_pictures_of_odd_sizes_are_served(engine_results):
+    """A budget is kept to the token, and a full one is what vLLM counts and encodes."""
+    _, results = engine_results
+    (_, least, _), *_ = results["odd"]
+    for full, kept, drawn in results["odd"]:
+        assert kept == drawn == least
+        assert full > kept + 576
 
 
 def test_pictures_with_different_grids_in_one_request(engine_results, oracle):

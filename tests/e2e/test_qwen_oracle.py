@@ -36,6 +36,8 @@ PLANS = (
     {"tokens": 3, "alpha": 1.0, "buffer": "none"},
     {"tokens": 1},
 )
+ODD = ((26, 28), (332, 27), (1, 1), (1, 2), (199, 1), (3, 600), (27, 29), (2, 390))
+TOO_LONG = ((1093, 5), (1, 201), (8000, 20), (5000, 1))
 CHUNK, BLOCK = 24, 32  # tokens of a prefill chunk and of a prefix-cache block
 
 
@@ -119,6 +121,18 @@ def run(path):
             generate(llm, [wrong])
         except (VLLMValidationError, ValueError) as error:
             results["errors"].append(str(error))
+    for size in TOO_LONG:
+        try:
+            generate(llm, [ask([photo("coffee").resize(size)], {"tokens": 5})])
+        except VLLMValidationError as error:
+            results["errors"].append((error.parameter, str(error)))
+    results["odd"] = [
+        [
+            generate(llm, [ask([photo("coffee").resize(size)], plan)])[0]["prompt_tokens"]
+            for plan in (None, {"tokens": 2}, {"tokens": 2, "method": "random"})
+        ]
+        for size in ODD
+    ]
     results["after_errors"] = generate(llm, [ask([picture(cases[0][0])], cases[0][1])])[0]
 
     # Many pictures of one token each: the scheduler would let them all into one forward.
@@ -222,10 +236,21 @@ def test_a_video_stays_whole_next_to_a_pruned_image(one_shot):
 
 def test_prompts_that_positions_could_not_be_told_from_are_refused(one_shot):
     _, results = one_shot
-    assert len(results["errors"]) == 2
     assert "placeholder" in results["errors"][0]
     assert "text must follow" in results["errors"][1]
     assert results["after_errors"]["tokens"] == results["cases"][0]["tokens"]
+
+
+def test_pictures_of_odd_sizes_are_served_or_refused_by_their_field(one_shot):
+    _, results = one_shot
+    told = results["errors"][2:]
+    assert [field for field, _ in told] == ["image_url"] * len(TOO_LONG)
+    for (width, height), (_, message) in zip(TOO_LONG, told, strict=True):
+        assert f"{width} x {height} pixels" in message
+    (_, least, _), *_ = results["odd"]
+    for full, kept, drawn in results["odd"]:
+        assert kept == drawn == least
+        assert full > kept
 
 
 def test_one_forward_never_holds_more_patches_than_an_unpruned_schedule(one_shot):

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from vllm.exceptions import VLLMValidationError
 
 from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint
 from hiprune_vllm.models.llava import LlavaAdapter
 from hiprune_vllm.models.llava_next import LlavaNextAdapter, picture_region, tile_regions
-from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
+from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter, check_shape
 from hiprune_vllm.plan import Encoder
 
 
@@ -57,6 +59,24 @@ def test_a_tower_without_a_layer_for_anchors_does_not_start():
         LlavaAdapter().encoder(config(depth=2))
     with pytest.raises(TooShallow, match="more layers"):
         Qwen25VLAdapter().encoder(SimpleNamespace(vision_config=SimpleNamespace(depth=1)))
+
+
+def test_what_qwens_processor_does_not_scale_is_refused_by_its_field():
+    """The limit is the one of the checkpoint's processor, on both sides of it."""
+    for long in (199, 200, 201, 1000):
+        for size in ((long * 3, 3), (1, long)):
+            refused = False
+            try:
+                smart_resize(size[1], size[0])
+            except ValueError:
+                refused = True
+            shape = SimpleNamespace(width=size[0], height=size[1])
+            if not refused:
+                check_shape(shape)
+                continue
+            with pytest.raises(VLLMValidationError, match=f"{size[0]} x {size[1]}") as error:
+                check_shape(shape)
+            assert error.value.parameter == "image_url"
 
 
 def test_the_picture_is_centred_in_its_grid():

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from hiprune_vllm.models.base import (
     Colour,
@@ -25,6 +26,23 @@ from hiprune_vllm.tuning import chosen
 
 Grid = tuple[int, int, int]
 
+LONGEST = 200
+"""Times that a picture's longer side may be its shorter one, in the checkpoint's processor."""
+
+
+def check_shape(size: Any) -> None:
+    """Refuses a picture that the checkpoint's processor does not scale.
+
+    Raises:
+        VLLMValidationError: naming its size.
+    """
+    if max(size.width, size.height) > LONGEST * min(size.width, size.height):
+        raise VLLMValidationError(
+            f"image_url must not be that long and narrow: {size.width} x {size.height} pixels, of "
+            f"which one is more than {LONGEST} times the other",
+            parameter="image_url",
+        )
+
 
 class Qwen25VLAdapter:
     """`Qwen2_5_VLForConditionalGeneration`; videos stay as they are."""
@@ -39,6 +57,7 @@ class Qwen25VLAdapter:
         self, info: Any, images: Any, index: int, options: Mapping[str, object]
     ) -> TokenCount:
         size = images.get_image_size(index)
+        check_shape(size)
         count = info.get_num_image_tokens(
             image_width=size.width,
             image_height=size.height,
