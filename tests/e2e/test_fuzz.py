@@ -5,18 +5,22 @@ import io
 import itertools
 import json
 import random
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hiprune_server.demo import SAMPLES
 from tests.e2e.serving import BIN, running
 from tests.e2e.test_lifetime import under_way, until
+from tests.tiffs import tiff
 
 pytestmark = pytest.mark.fuzz
 
@@ -56,6 +60,25 @@ def bomb():
     return bytes(data)
 
 
+def icon(picture):
+    """An icon whose directory says 16 x 16."""
+    entry = struct.pack("<BBBBHHLL", 16, 16, 0, 0, 1, 32, len(picture), 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + picture
+
+
+def many_scans():
+    """A JPEG that is decoded a thousand times over."""
+    data = saved(Image.new("RGB", (500, 500)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * 1000 + data[-2:]
+
+
+def long_text():
+    info = PngInfo()
+    info.add_text("a", " " * 2**23, zip=True)
+    return info
+
+
 def turned():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -72,6 +95,12 @@ def pictures():
         **{mode: saved(colour.convert(mode)) for mode in ("L", "RGBA", "P", "LA", "1")},
         "CMYK": saved(colour.convert("CMYK"), "JPEG"),
         "16 bit": saved(Image.new("I;16", (30, 30), 40_000)),
+        "16 bit, big endian": tiff(np.full((30, 30), 40_000, np.uint16), ">"),
+        "floats": tiff(np.arange(-3, 897, dtype=np.float32).reshape(30, 30)),
+        "floats that are none": tiff(np.full((30, 30), np.nan, np.float32)),
+        "an icon": saved(colour.resize((64, 64)), "ICO", sizes=[(16, 16), (64, 64)]),
+        "AVIF": saved(colour, "AVIF"),
+        "pages": saved(colour, "TIFF", save_all=True, append_images=[colour]),
         "animated": saved(colour.resize((40, 40)), "GIF", save_all=True,
                           append_images=[Image.new("RGB", (40, 40))] * 3),
         "webp": saved(colour, "WEBP"),
@@ -83,6 +112,11 @@ def pictures():
         "bomb": bomb(),
         "truncated": saved(colour)[:300],
         "empty": b"",
+        "an icon of a bomb": icon(bomb()),
+        "many scans": many_scans(),
+        "a text that blows up": saved(colour, pnginfo=long_text()),
+        "a slow format": b"P2 9000 5000 255\n" + b"1 " * 1000,
+        "floats of three colours": tiff(np.zeros((9, 9, 3), np.float32), photometric=2),
         "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
         "html": b"<!doctype html><script>alert(1)</script>",
         "zeros": bytes(1000),
@@ -99,8 +133,14 @@ def pictures():
         "ftp": "ftp://host/x",
         "long": "x" * 100_000,
     }
+    as_written = {
+        "in lines": encoded(good["webp"]).replace(",", ",\n").replace("A", "A\r\n "),
+        "URL-safe": encoded(good["webp"]).replace("+", "-").replace("/", "_")
+        .replace("data:image_png", "data:image/png").rstrip("="),
+    }  # fmt: skip
     return (
         {name: (encoded(data), True) for name, data in good.items()}
+        | {name: (url, True) for name, url in as_written.items()}
         | {name: (encoded(data), False) for name, data in bad.items()}
         | {name: (url, False) for name, url in urls.items()}
     )
