@@ -19,8 +19,8 @@ DEPTH: Final = 100
 WEIGHT: Final = 25
 """Values that an object or a list counts as: what checks them is that much slower."""
 
-_STRUCTURE: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
-"""A string as a whole, or what opens, parts or closes values.
+_STRUCTURE: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]|[0-9]{40,}+', re.DOTALL)
+"""A string as a whole, what opens, parts or closes values, or an integer that is slow to read.
 
 An open string ends the body: a closing quote that must be there would be looked for again from
 every quote on.
@@ -124,6 +124,8 @@ class Bodies:
                 depth += 1
             elif sign in (b"]", b"}"):
                 depth -= 1
+            elif sign.isdigit():
+                weight += len(sign)  # reading takes time with the square of it, up to 4,300 digits
             if depth > DEPTH:
                 told = f"the body must have objects and lists at most {DEPTH} deep, got deeper ones"
                 raise Refusal(400, told, reason=SHAPE)

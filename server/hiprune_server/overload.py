@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from hiprune_server.metrics import OVERLOAD, REJECTED
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # as its own: else nobody sees it
 
 REQUESTS: Final = 4
 """Requests in the engine, over those that run at a time: as many again wait up to three times."""
