@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any, Final
 
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logger import init_logger
 
 from hiprune_server.metrics import OVERLOAD, REJECTED
@@ -46,11 +46,14 @@ def bound_the_queue(engine_client: Any, args: argparse.Namespace | Any) -> None:
         scheduler.max_num_queued_reqs,
         scheduler.max_num_queued_tokens,
     )
-    check = engine_client.check_admission
+    check, most = engine_client.check_admission, scheduler.max_num_queued_reqs
 
-    def counted(*args: Any, **kwargs: Any) -> None:
+    def counted(n: int = 1, *args: Any, **kwargs: Any) -> None:
+        if n > max(most, 1):  # no waiting would help
+            told = f"n must be at most {most}, as many answers as this server has room for, got {n}"
+            raise VLLMValidationError(told, parameter="n")
         try:
-            check(*args, **kwargs)
+            check(n, *args, **kwargs)
         except GracefulHTTPError:
             REJECTED.labels(OVERLOAD).inc()
             raise

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi import HTTPException
 from prometheus_client import REGISTRY
-from vllm.exceptions import QueueOverflowError
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
 from hiprune_server.explain import WAITING, Explainer
 from hiprune_server.overload import bound_the_queue
@@ -75,6 +75,17 @@ def test_a_refusal_is_counted_once_and_handed_on():
     engine.full = False
     engine.check_admission()
     assert overloads() == before + 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_more_answers_than_ever_fit_are_the_requests_own_mistake(full):
+    engine = Engine(full=full)
+    limits(engine, 1)
+    before = overloads()
+    with pytest.raises(VLLMValidationError, match="n must be at most 40") as refused:
+        engine.check_admission(41)
+    assert refused.value.parameter == "n"
+    assert overloads() == before
 
 
 def test_a_full_queue_is_told_before_an_answer_begins():
