@@ -36,6 +36,7 @@ from hiprune_server.requests import (
     PrunedCountTokensRequest,
     PrunedMessagesRequest,
     PrunedResponsesRequest,
+    stop_at_first_errors,
 )
 from hiprune_vllm import __version__
 from hiprune_vllm.plan import (
@@ -105,6 +106,7 @@ class HiPruneEndpointPlugin:
         app.add_middleware(Guard, keys=keys, limits=limits)
         replace_vllms(app)
         close_administration(app)
+        stop_at_first_errors(app)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager

@@ -196,3 +196,29 @@ def test_an_operator_turns_them_on(monkeypatch):
     paths = {path for _, path in http_routes(build(monkeypatch, VLLM_SERVER_DEV_MODE="1"))}
     assert {"/sleep", "/wake_up", "/collective_rpc", "/reset_mm_cache", "/update_weights"} <= paths
     assert not paths & set(ADMINISTRATION)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "item"),
+    [
+        ("/v1/chat/completions", "messages", 5),
+        ("/v1/chat/completions/batch", "messages", 5),
+        ("/v1/responses", "input", {"a": 1}),
+        ("/v1/responses/render", "input", {"a": 1}),
+        ("/v1/messages", "messages", 5),
+        ("/tokenize", "messages", 5),
+        ("/generative_scoring", "items", {}),
+    ],
+)
+def test_every_route_tells_of_the_first_wrong_element_alone(path, field, item, monkeypatch):
+    """Each is wrong in up to hundreds of ways, which take milliseconds to find."""
+    app = build(monkeypatch, "--enable-scale-out")
+
+    def told(many):
+        body = {"model": "m", "max_tokens": 1, "query": "x", field: [item] * many}
+        answer = asked(app, "POST", path, json=body)
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"].partition("\n")[0]
+
+    assert "validation error" in told(1)
+    assert told(2) == told(50)

@@ -50,6 +50,7 @@ ALLOWED = {
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/requests.py": [
         "vllm",
+        "fastapi",
         "pydantic",
         "pydantic_core",
         "hiprune_server",
