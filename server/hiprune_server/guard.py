@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hiprune_server.auth import METRICS, Keys
 from hiprune_server.bodies import Bodies, BodyLimits, ClientGone, content_length, header
 from hiprune_server.metrics import REJECTED, ROUTE
+from hiprune_server.overload import ENTRY, Entry
 from hiprune_server.refusals import RETRY_AFTER_S, Refusal, route_of
 from hiprune_server.wishes import places
 from hiprune_vllm.plan import FIELD
@@ -64,13 +65,16 @@ class Guard:
         if scope["type"] == "websocket":
             await self._app(scope, receive, send)
             return
-        request = _Request(scope, receive, send, self._bodies)
+        request, entry = _Request(scope, receive, send, self._bodies), Entry()
+        token = ENTRY.set(entry)
         try:
             await self._app(scope, request.receive, request.send)
         except Exception:
             if request.refusal is None:  # else the route stumbled over a body that it did not get
                 raise
         finally:
+            ENTRY.reset(token)
+            entry.leave()
             self._bodies.release(request.held)
         if request.refusal is not None and not request.answered:
             await _answer(request.refusal, scope, receive, send)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from contextvars import ContextVar
 from typing import Any, Final
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
@@ -46,16 +47,66 @@ def bound_the_queue(engine_client: Any, args: argparse.Namespace | Any) -> None:
         scheduler.max_num_queued_reqs,
         scheduler.max_num_queued_tokens,
     )
-    check, most = engine_client.check_admission, scheduler.max_num_queued_reqs
+    engine_client.check_admission = Admission(engine_client).check
 
-    def counted(n: int = 1, *args: Any, **kwargs: Any) -> None:
+
+class Entry:
+    """What a request has of the queue before it is in it: places for `n` answers."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.admission: Admission | None = None
+
+    def leave(self, n: int | None = None) -> None:
+        """Gives places back, all of them where no number is said."""
+        n = self.n if n is None else n
+        self.n -= n
+        if self.admission is not None:
+            self.admission.entering -= n
+
+
+ENTRY: ContextVar[Entry | None] = ContextVar("hiprune_entry", default=None)
+"""Of the request at hand."""
+
+
+class Admission:
+    """vLLM's check of its queue, which keeps a place for a request that it has let in.
+
+    Symptom: of a burst of streams some end in the middle of an answer that has begun with 200.
+    Cause: vLLM asks twice whether there is room, when a request comes and when it is handed to the
+        engine; what comes in between finds the same room.
+    Change: who was let in has its place, and is not asked again. What is refused is counted.
+    Remove when: vLLM reserves what it has promised.
+
+    Args:
+        engine_client: vLLM's, with limits.
+    """
+
+    def __init__(self, engine_client: Any) -> None:
+        self._check = engine_client.check_admission
+        self._limits = engine_client.vllm_config.scheduler_config
+        self.entering = 0
+
+    def check(self, n: int = 1, request_id: str | None = None) -> None:
+        """In place of vLLM's `check_admission`.
+
+        Args:
+            n: answers.
+            request_id: of a request that is handed to the engine; None for one that comes.
+        """
+        entry, most = ENTRY.get(), self._limits.max_num_queued_reqs
+        if request_id is not None and entry is not None and entry.n >= n:
+            entry.leave(n)  # vLLM notes the request before anything else runs
+            return
         if n > max(most, 1):  # no waiting would help
             told = f"n must be at most {most}, as many answers as this server has room for, got {n}"
             raise VLLMValidationError(told, parameter="n")
         try:
-            check(n, *args, **kwargs)
+            self._check(n + self.entering, request_id)
         except GracefulHTTPError:
             REJECTED.labels(OVERLOAD).inc()
             raise
-
-    engine_client.check_admission = counted
+        if request_id is None and entry is not None:
+            entry.n += n
+            entry.admission = self
+            self.entering += n

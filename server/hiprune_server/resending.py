@@ -26,13 +26,7 @@ class Resending:
         return getattr(self._client, name)
 
     def generate(self, prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        """vLLM's `generate`, once more with all data where its first output is such a failure.
-
-        Asks for a place in its queue at once: vLLM's own generator does so when it is begun, and
-        the answer of a stream has begun before that, with status 200.
-        """
-        params = kwargs.get("sampling_params", args[0] if args else None)
-        self._client.check_admission(getattr(params, "n", 1))
+        """vLLM's `generate`, once more with all data where its first output is such a failure."""
         outputs = self._client.generate(prompt, *args, **kwargs)
         again = prompt.get(AGAIN) if isinstance(prompt, dict) else None
         if again is None or not _by_hash_alone(prompt):

@@ -1,6 +1,7 @@
 """Strangers, floods and bodies that are made to hold a server up: everybody else is served."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -95,10 +96,10 @@ def test_what_does_not_fit_is_refused_and_the_others_are_answered(server, path, 
         told = one.json()
         assert "busy" in told["error"]["message"]
         assert told.get("type") == "error" if path == "/v1/messages" else "code" in told["error"]
-    in_streams = sum("cannot accept new requests" in one.text for one in accepted)
+    broken = re.compile(r'"error":\s*\{|event: error')  # a stream that began and broke off
+    assert not [one.text for one in accepted if broken.search(one.text)]
     counted = server.total("hiprune_rejected_requests_total", reason="overload") - refused_before
-    assert counted == len(refused) + in_streams
-    assert in_streams <= len(answers) // 10  # two that came in the same moment
+    assert counted == len(refused)
     assert post(server, path, long(path)).status_code == 200
 
 
@@ -204,7 +205,7 @@ def test_health_is_answered_while_an_odd_body_is_read(server, shape):
             began = time.monotonic()
             status = post(server, path, LARGE[shape](size)).status_code
             took = time.monotonic() - began
-        assert status == 400
+        assert status in (200, 400)
         return took, watched.slowest
 
     plain = max(held_by_plain_text(server), 0.1)

@@ -83,6 +83,7 @@ ALLOWED = {
         "hiprune_server.auth",
         "hiprune_server.bodies",
         "hiprune_server.metrics",
+        "hiprune_server.overload",
         "hiprune_server.refusals",
         "hiprune_server.wishes",
         "hiprune_vllm.plan",

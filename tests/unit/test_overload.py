@@ -1,6 +1,7 @@
 """The limits of what waits in the engine, and what counts when they are reached."""
 
 import asyncio
+import contextvars
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,7 @@ from prometheus_client import REGISTRY
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
 from hiprune_server.explain import WAITING, Explainer
-from hiprune_server.overload import bound_the_queue
-from hiprune_server.resending import Resending
+from hiprune_server.overload import ENTRY, Entry, bound_the_queue
 
 
 def overloads():
@@ -21,7 +21,7 @@ class Engine:
     """As much of vLLM's client as is looked at."""
 
     def __init__(self, *, reqs=None, tokens=None, engines=1, full=False):
-        self.full = full
+        self.full, self.room = full, 1000
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(
                 max_num_queued_reqs=reqs,
@@ -34,11 +34,8 @@ class Engine:
         )
 
     def check_admission(self, n=1, request_id=None):
-        if self.full:
+        if self.full or n > self.room:
             raise QueueOverflowError
-
-    def generate(self, prompt, params, *, request_id):
-        return "outputs"
 
 
 def limits(engine, processes):
@@ -88,11 +85,59 @@ def test_more_answers_than_ever_fit_are_the_requests_own_mistake(full):
     assert overloads() == before
 
 
-def test_a_full_queue_is_told_before_an_answer_begins():
-    """`generate` itself raises: once its generator is begun, a stream has said 200."""
-    with pytest.raises(QueueOverflowError):
-        Resending(Engine(full=True)).generate({}, SimpleNamespace(n=1), request_id="x")
-    assert Resending(Engine()).generate({}, SimpleNamespace(n=2), request_id="x") == "outputs"
+def within(function):
+    """Runs it as a request, whose places come back when it ends."""
+
+    def run():
+        entry = Entry()
+        ENTRY.set(entry)
+        try:
+            return function()
+        finally:
+            entry.leave()
+
+    return contextvars.copy_context().run(run)
+
+
+def test_who_was_let_in_has_a_place_until_it_is_in_the_queue():
+    engine = Engine(reqs=3)
+    engine.room = 3
+    limits(engine, 1)
+
+    def ask(n, then):
+        engine.check_admission(n)
+        return then()
+
+    def refused():
+        with pytest.raises(QueueOverflowError):
+            within(lambda: engine.check_admission(2))
+
+    def arrive():
+        engine.full = True  # by others: whoever was let in is not asked again
+        engine.check_admission(2, "id")
+        engine.full = False
+        within(lambda: engine.check_admission(3))  # the place itself is vLLM's to count now
+
+    within(lambda: ask(2, refused))
+    within(lambda: engine.check_admission(3))  # the places of both are free again
+    within(lambda: ask(2, arrive))
+    within(lambda: engine.check_admission(3))
+
+
+def test_one_of_several_prompts_gives_back_its_own_place_only():
+    engine = Engine(reqs=3)
+    engine.room = 3
+    limits(engine, 1)
+
+    def ask():
+        engine.check_admission(2)
+        engine.check_admission(1, "first")
+        with pytest.raises(QueueOverflowError):
+            within(lambda: engine.check_admission(3))
+        engine.check_admission(1, "second")
+        within(lambda: engine.check_admission(3))
+
+    within(ask)
 
 
 def test_an_explanation_takes_its_turn_before_its_picture_is_decoded():

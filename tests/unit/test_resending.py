@@ -19,9 +19,6 @@ class Engine:
     def __init__(self, **answers):
         self.answers, self.asked, self.closed = answers, [], []
 
-    def check_admission(self, n=1):
-        assert n == 1
-
     async def generate(self, prompt, sampling, *, request_id):
         self.asked.append((prompt["text"], sampling, request_id))
         try:
