@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,15 +29,16 @@ from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
 ENDPOINT_PLUGIN = "hiprune_api"
 GENERAL_PLUGIN = "hiprune"
 
-_DEMO_FLAGS = {
-    "--served-model-name": f"={demo.NAME}",
-    "--host": "=127.0.0.1",
-    "--max-model-len": "=4096",
-    "--dtype": "=float32",  # faster than bfloat16 on CPUs without instructions for that
-    "--mm-processor-cache-gb": "=0.5",  # hundreds of pictures; vLLM's own default is 4
-    "--enable-per-request-metrics": "",  # queue and prefill time of each request, for `make load`
-    "--enforce-eager": "",  # compiling a model this small takes longer than it ever saves
+_DEMO_DEFAULTS = {
+    "served_model_name": [demo.NAME],
+    "host": "127.0.0.1",
+    "max_model_len": 4096,
+    "dtype": "float32",  # faster than bfloat16 on CPUs without instructions for that
+    "mm_processor_cache_gb": 0.5,  # hundreds of pictures; vLLM's own default is 4
+    "enable_per_request_metrics": True,  # queue and prefill time of each request, for `make load`
+    "enforce_eager": True,  # compiling a model this small takes longer than it ever saves
 }
+"""Of vLLM's flags, by the names that its parser gives them."""
 
 _DEMO_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; hundreds of requests
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(config.text())
         return
     try:
-        read_key(os.environ, flag_given=_has_flag(rest, "--api-key"))
+        read_key(os.environ, flag_given="api-key" in names_given(rest))
     except ConfigError as error:
         sys.exit(f"hiprune-serve: error: {error}")
     config.export(os.environ)
@@ -87,23 +88,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.values[PIXELS].source != BUILT_IN or MAX_PIXELS not in os.environ:
         os.environ[MAX_PIXELS] = str(config[PIXELS])
     allow_plugins()
+    defaults: dict[str, Any] = {"shutdown_timeout": DRAIN_S}
     if own.demo:
-        flags = [flag + v for flag, v in _DEMO_FLAGS.items() if not _has_flag(rest, flag)]
-        rest = [str(demo.CHECKPOINT), *flags, *rest]
+        rest = [str(demo.CHECKPOINT), *rest]
+        defaults |= _DEMO_DEFAULTS
         os.environ.update(_DEMO_ENVIRONMENT | os.environ)
-    if not _has_flag(rest, "--shutdown-timeout"):
-        rest = [*rest, f"--shutdown-timeout={DRAIN_S}"]
-    # The workers' metrics reach vLLM's /metrics through files. vLLM sees to that itself for several
-    # API server processes alone, and how many there are is known to its own parser only.
-    if METRICS_DIR in os.environ:
-        serve(rest, config)
+    with metrics_folder(os.environ):  # before anything loads the metrics library
+        serve(rest, config, defaults)
+
+
+@contextmanager
+def metrics_folder(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Names the folder through whose files the workers' metrics reach vLLM's `/metrics`.
+
+    vLLM sees to that itself for several API server processes alone, and how many there are is known
+    to its own parser only. A folder that was given is emptied of what an earlier server left there,
+    since its counters would go on.
+    """
+    given = environment.get(METRICS_DIR)
+    if given:
+        try:
+            for left in Path(given).glob("*.db"):
+                left.unlink()
+            with tempfile.TemporaryFile(dir=given):
+                pass
+        except OSError as error:
+            sys.exit(
+                f"hiprune-serve: error: {METRICS_DIR} must name a folder that this program may "
+                f"write to, got {given} ({error.strerror}): make it so, or unset the variable"
+            )
+        yield
         return
     with tempfile.TemporaryDirectory(prefix="hiprune-metrics-") as folder:
-        os.environ[METRICS_DIR] = folder  # before anything loads the metrics library
+        environment[METRICS_DIR] = folder
         try:
-            serve(rest, config)
+            yield
         finally:
-            del os.environ[METRICS_DIR]  # the folder goes, and with it the name
+            del environment[METRICS_DIR]  # the folder goes, and with it the name
 
 
 def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Config]:
@@ -141,7 +162,7 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
     if unknown:
         parser.error(f"unknown flag {unknown[0].split('=')[0]}")
     positional = bool(rest) and not rest[0].startswith("-")
-    if own.demo and (positional or _has_flag(rest, "--model")):
+    if own.demo and (positional or "model" in names_given(rest)):
         parser.error("--demo serves its own model, got another one as well")
     if not own.demo and not rest and not own.print_config:
         parser.error("name a MODEL to serve, or use --demo")
@@ -159,8 +180,20 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
         parser.error(str(error))
 
 
-def _has_flag(flags: Sequence[str], name: str) -> bool:
-    return any(flag == name or flag.startswith(f"{name}=") for flag in flags)
+def names_given(flags: Sequence[str]) -> set[str]:
+    """Names of vLLM's flags, with dashes, on a command line and in the file of its `--config`.
+
+    vLLM takes underscores for dashes, and reads its file itself: one that cannot be read is its to
+    tell of.
+    """
+    import yaml
+
+    names = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+    if "--config" in flags[:-1]:
+        with suppress(OSError, yaml.YAMLError):
+            found = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
+            names |= set(found) if isinstance(found, dict) else set()
+    return {str(name).replace("_", "-") for name in names}
 
 
 def read_key(environment: MutableMapping[str, str], *, flag_given: bool) -> None:
@@ -209,8 +242,15 @@ def allow_plugins() -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, GENERAL_PLUGIN, ENDPOINT_PLUGIN]))
 
 
-def serve(flags: Sequence[str], config: Config) -> None:
-    """Runs `vllm serve` in this process; `flags` are its command line."""
+def serve(flags: Sequence[str], config: Config, defaults: Mapping[str, Any]) -> None:
+    """Runs `vllm serve` in this process.
+
+    Args:
+        flags: its command line.
+        config: the settings of ours.
+        defaults: of its parser in place of its own: what is given goes before them, however it is
+            spelled and wherever it stands.
+    """
     # vLLM reads its environment when it is imported. The `vllm` command itself does not start
     # with the CPU re-packaging (it looks up a distribution named vllm); its parts do.
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -226,7 +266,10 @@ def serve(flags: Sequence[str], config: Config) -> None:
         check_libraries()
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hiprune-serve"))
+    parser.set_defaults(**defaults)
     args = parser.parse_args(list(flags))
+    if args.api_key is not None and not all(args.api_key):
+        parser.error("--api-key must not be empty: the server would be open to everybody")
     engine_wide: dict[str, Any] = {FIELD: config["default"]} if config["default"] else {}
     if config.limits != NO_LIMITS:
         engine_wide[LIMITS] = asdict(config.limits)

@@ -184,8 +184,18 @@ SETTINGS: Final = (
             _some_of(FIXABLE, at_least=0), _names, []),
     Setting("limits.max_body_bytes", "N", "bytes that a request's body may have",
             _count, _number, 64 * 2**20),
+    Setting("limits.max_held_bytes", "N",
+            "bytes of request bodies that an API server process holds at a time",
+            _count, _number, 2**30),
+    Setting("limits.body_seconds", "N", "seconds that a body may take, and 1 more for each 64 KiB",
+            _count, _number, 30),
+    Setting("limits.max_body_values", "N",
+            "values that a JSON body may have; an object or list counts as 25",
+            _count, _number, 250_000),
     Setting(PIXELS, "N", "pixels that a picture may have, also once it is scaled for the encoder",
             _count, _number, 50_000_000),
+    Setting("metrics_key", "BOOL", "whether /metrics asks for the API key, too",
+            _switch, _true_or_false, False),
     Setting("explain", "BOOL", "whether POST /v1/hiprune/explain is there",
             _switch, _true_or_false, True),
     Setting("playground", "BOOL", "whether the page /playground is there",
@@ -283,6 +293,12 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"limits.min_tokens ({config.values['limits.min_tokens'].source}) must not be above "
             f"limits.max_tokens, got {limits.min_tokens} and {limits.max_tokens}"
+        )
+    if config["limits.max_held_bytes"] < config["limits.max_body_bytes"]:
+        raise ConfigError(
+            f"limits.max_held_bytes ({config.values['limits.max_held_bytes'].source}) must not be "
+            "below limits.max_body_bytes, "
+            f"got {config['limits.max_held_bytes']} and {config['limits.max_body_bytes']}"
         )
     for key in ("default", *(f"presets.{name}" for name in PRESETS)):
         plan = config[key]

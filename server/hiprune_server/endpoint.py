@@ -22,17 +22,21 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 import hiprune_server.media  # noqa: F401 - registers the connector for vLLM to find
 from hiprune_server import openapi, playground
+from hiprune_server.auth import Keys, close_administration, replace_vllms
 from hiprune_server.banner import banner
+from hiprune_server.bodies import BodyLimits
 from hiprune_server.chat import PrunedChat, PrunedMessages, PrunedResponses, pruned
 from hiprune_server.config import Config, load
 from hiprune_server.explain import Explainer, explain
 from hiprune_server.guard import STOPPING, Guard
+from hiprune_server.overload import bound_the_queue
 from hiprune_server.rendering import PrunedRenderer
 from hiprune_server.requests import (
     PrunedChatRequest,
     PrunedCountTokensRequest,
     PrunedMessagesRequest,
     PrunedResponsesRequest,
+    stop_at_first_errors,
 )
 from hiprune_vllm import __version__
 from hiprune_vllm.plan import (
@@ -92,7 +96,17 @@ class HiPruneEndpointPlugin:
         if config["playground"]:
             playground.attach(app)
         openapi.describe(app)
-        app.add_middleware(Guard, max_bytes=config["limits.max_body_bytes"])
+        limits = BodyLimits(
+            max_bytes=config["limits.max_body_bytes"],
+            max_held=config["limits.max_held_bytes"],
+            seconds=config["limits.body_seconds"],
+            max_values=config["limits.max_body_values"],
+        )
+        keys = Keys.of(app.state.args, metrics=config["metrics_key"])
+        app.add_middleware(Guard, keys=keys, limits=limits)
+        replace_vllms(app)
+        close_administration(app)
+        stop_at_first_errors(app)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager
@@ -122,6 +136,7 @@ class HiPruneEndpointPlugin:
         state.anthropic_serving_messages = pruned(
             state.anthropic_serving_messages, AnthropicServingMessages, PrunedMessages, renderer
         )
+        bound_the_queue(engine_client, args)
         state.hiprune_explainer = Explainer(state.openai_serving_chat, engine_client, state.hiprune)
 
 

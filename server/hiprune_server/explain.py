@@ -16,10 +16,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from hiprune_server.details import DETAILS
+from hiprune_server.metrics import OVERLOAD, REJECTED
 from hiprune_server.rendering import images_kept, refused
 from hiprune_server.wishes import Pruning
 from hiprune_vllm.plan import FIELD, PlanError
 
+WAITING: Final = 8
+"""Requests that may wait for the one that is explained; each holds its body meanwhile."""
 COLOURS: Final = {
     "anchor": (255, 214, 10),
     "buffer": (235, 50, 50),
@@ -70,14 +73,27 @@ class Explainer:
         self._pruning = pruning
         self._engine = engine_client
         self._one_at_a_time = asyncio.Semaphore(1)
+        self._inside = 0
 
     async def explain(self, request: ExplainRequest) -> tuple[dict[str, Any], list[View]]:
         """The answer, and the picture as the encoder saw it.
 
         Raises:
             VLLMValidationError: the picture or the plan cannot be served.
-            HTTPException: there is no such model.
+            HTTPException: there is no such model, or too many wait (503).
         """
+        if self._inside > WAITING:
+            REJECTED.labels(OVERLOAD).inc()
+            told = f"{WAITING} requests wait for an explanation, as many as may: ask again later"
+            raise HTTPException(503, told)
+        self._inside += 1
+        try:
+            async with self._one_at_a_time:  # before its picture is decoded
+                return await self._explain(request)
+        finally:
+            self._inside -= 1
+
+    async def _explain(self, request: ExplainRequest) -> tuple[dict[str, Any], list[View]]:
         try:
             self._pruning.parse({})
         except PlanError as error:  # a model that cannot be pruned
@@ -98,8 +114,7 @@ class Explainer:
         (inputs,) = rendered[1]
         (image,) = images_kept.get() or []
         processor = self._engine.renderer.mm_processor
-        async with self._one_at_a_time:
-            explained = await processor.explain(self._engine, inputs)
+        explained = await processor.explain(self._engine, inputs)
         roles = Counter(role for part in explained for role in part["roles"])
         counts = {role: roles[role] for role in COLOURS}
         plan = inputs[FIELD][0]["plan"].to_dict()

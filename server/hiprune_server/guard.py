@@ -1,11 +1,15 @@
-"""What stands before every route: a server that stops, large bodies, budgets that nobody reads."""
+"""What stands before every route: a server that stops, its key, bodies, budgets nobody reads."""
 
 import json
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hiprune_server.metrics import BODY, REJECTED, ROUTE
+from hiprune_server.auth import METRICS, Keys
+from hiprune_server.bodies import Bodies, BodyLimits, ClientGone, content_length, header
+from hiprune_server.metrics import REJECTED, ROUTE
+from hiprune_server.overload import ENTRY, Entry
+from hiprune_server.refusals import RETRY_AFTER_S, Refusal, route_of
 from hiprune_server.wishes import places
 from hiprune_vllm.plan import FIELD
 
@@ -24,61 +28,122 @@ _MARKS: Final = (f'"{FIELD}"'.encode(), b"\\u00")
 
 
 class Guard:
-    """ASGI middleware that reads a request's body before its route does.
+    """ASGI middleware: nothing reaches a route that may not, and no body is read before it must.
 
-    Once the server is told to stop, what is new is HTTP 503 (`/health` too), so that clients and
-    load balancers go elsewhere while requests under way finish.
-    A body above the limit is HTTP 413, and is not read to its end. A `hiprune` field where nothing
-    will read it is HTTP 400: nothing that a client asks for is ignored. The body is parsed for that
-    only where the word is in it.
+    In this order:
+
+    1. A server that was told to stop refuses what is new (503, `/health` too), so that clients and
+       load balancers go elsewhere while requests under way finish.
+    2. A request without a key is a 401.
+    3. The router says 404 or 405; the body of such a request is never read.
+    4. A body is read when its route asks for it, within the limits of `Bodies`.
+    5. A `hiprune` field where nothing will read it is a 400: nothing that a client asks for is
+       ignored. The body is parsed for that only where the word is in it.
 
     Args:
-        max_bytes: of a body.
+        keys: what the server asks for.
+        limits: of bodies.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, limits: BodyLimits) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._keys = keys
+        self._bodies = Bodies(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _is_stopping(scope) and scope["path"] != "/metrics":
-            told = "the server is stopping and takes no new requests: send this one to another"
-            await _refuse(503, told, None, send, kind="ServiceUnavailableError")
-            return
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        body = bytearray()
-        more = _length(scope) <= self._max_bytes
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":  # the client has gone
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False) and len(body) <= self._max_bytes
-        size = max(_length(scope), len(body))
-        if size > self._max_bytes:
-            REJECTED.labels(BODY).inc()
-            told = f"the body must have at most {self._max_bytes} bytes (limits.max_body_bytes), "
-            await _refuse(413, told + f"got {size} or more", None, send)
+        try:
+            if _is_stopping(scope) and route_of(scope) != METRICS:
+                told = "the server is stopping and takes no new requests: send this one to another"
+                raise Refusal(503, told)
+            self._keys.check(scope)
+        except Refusal as refusal:
+            await _answer(refusal, scope, receive, send)
             return
-        route = scope["path"].removeprefix(scope.get("root_path", ""))
-        field = find(bytes(body)) if route not in CARRIES and _is_json(scope) else None
-        if field is not None:
-            REJECTED.labels(ROUTE).inc()
-            told = f"{field} cannot be served on {route}: send it to {CARRIES[0]}, or leave it out "
-            await _refuse(400, told + "and the server's default applies", field, send)
+        if scope["type"] == "websocket":
+            await self._app(scope, receive, send)
             return
-        unread = True
+        request, entry = _Request(scope, receive, send, self._bodies), Entry()
+        token = ENTRY.set(entry)
+        try:
+            await self._app(scope, request.receive, request.send)
+        except Exception:
+            if request.refusal is None:  # else the route stumbled over a body that it did not get
+                raise
+        finally:
+            ENTRY.reset(token)
+            entry.leave()
+            self._bodies.release(request.held)
+        if request.refusal is not None and not request.answered:
+            await _answer(request.refusal, scope, receive, send)
 
-        async def again() -> Message:
-            nonlocal unread
-            if unread:
-                unread = False
-                return {"type": "http.request", "body": bytes(body), "more_body": False}
-            return await receive()
 
-        await self._app(scope, again, send)
+class _Request:
+    """One request: its body is read when asked for, a refusal takes the place of its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._bodies = bodies
+        self._unread = True
+        self.held = 0
+        self.answered = False
+        self.refusal: Refusal | None = None
+
+    async def receive(self) -> Message:
+        if self.refusal is not None:
+            return {"type": "http.disconnect"}
+        if not self._unread:
+            return await self._receive()
+        self._unread = False
+        try:
+            body = await self._bodies.read(self._scope, self._receive)
+            self.held = len(body)
+            if _is_json(self._scope):
+                self._bodies.check_shape(body)
+                _refuse_unread_budgets(route_of(self._scope), body)
+        except ClientGone:
+            return {"type": "http.disconnect"}
+        except Refusal as refusal:
+            self.refusal = refusal
+            return {"type": "http.disconnect"}  # ends the route: its answer would not be sent
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        if self.refusal is not None and not self.answered:
+            return  # `Guard` sends the refusal
+        if message["type"] == "http.response.start":
+            self.answered = True
+            message = {
+                **message,
+                "headers": [*message.get("headers", ()), *self._headers(message)],
+            }
+        await self._send(message)
+
+    def _headers(self, message: Message) -> list[tuple[bytes, bytes]]:
+        """What our server adds to an answer."""
+        added = []
+        given = {name.lower() for name, _ in message.get("headers", ())}
+        if message["status"] == 503 and b"retry-after" not in given:
+            added.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        has_body = content_length(self._scope) or header(self._scope, b"transfer-encoding")
+        if self._unread and has_body and b"connection" not in given:
+            added.append((b"connection", b"close"))  # the body is not read
+        return added
+
+
+async def _answer(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+    if refusal.reason is not None:
+        REJECTED.labels(refusal.reason).inc()
+    await refusal.send(scope, receive, send)
+
+
+def _refuse_unread_budgets(route: str, body: bytes) -> None:
+    field = find(body) if route not in CARRIES else None
+    if field is not None:
+        told = f"{field} cannot be served on {route}: send it to {CARRIES[0]}, or leave it out "
+        raise Refusal(400, told + "and the server's default applies", field, reason=ROUTE)
 
 
 def find(body: bytes) -> str | None:
@@ -97,30 +162,6 @@ def _is_stopping(scope: Scope) -> bool:
     return stopping is not None and stopping.is_set()
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    values: list[bytes] = [value for one, value in scope["headers"] if one == name]
-    return values[-1] if values else b""
-
-
 def _is_json(scope: Scope) -> bool:
-    return b"json" in _header(scope, b"content-type").lower()
-
-
-def _length(scope: Scope) -> int:
-    """What the request says of its body's size, 0 where it says nothing."""
-    text = _header(scope, b"content-length")
-    return int(text) if text.isdigit() else 0
-
-
-async def _refuse(
-    status: int, message: str, field: str | None, send: Send, *, kind: str = "BadRequestError"
-) -> None:
-    error = {"message": message, "type": kind, "param": field, "code": status}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"connection", b"close"),  # what is left of the body is not read
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    kind = header(scope, b"content-type").lower()
+    return not kind or b"json" in kind  # FastAPI reads what has no type as JSON, too

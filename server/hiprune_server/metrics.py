@@ -16,9 +16,26 @@ BUCKETS: Final = (64, 128, 192, 320, 640, 1280)
 DETAIL: Final = "detail"
 ROUTE: Final = "route"
 BODY: Final = "body_size"
+HELD: Final = "held_bodies"
+SLOW: Final = "slow_body"
+SHAPE: Final = "body_values"
+KEY: Final = "key"
+OVERLOAD: Final = "overload"
 UNKNOWN: Final = "unknown_field"
 OTHER: Final = "other"
-REASONS: Final = (*KNOBS, DETAIL, ROUTE, BODY, UNKNOWN, OTHER)
+REASONS: Final = (
+    *KNOBS,
+    DETAIL,
+    ROUTE,
+    BODY,
+    HELD,
+    SLOW,
+    SHAPE,
+    KEY,
+    OVERLOAD,
+    UNKNOWN,
+    OTHER,
+)
 
 IMAGES: Final = Counter(
     "hiprune_images", "Pictures of chat requests, by what chose their tokens.", ["method", "source"]

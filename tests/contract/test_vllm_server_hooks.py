@@ -129,3 +129,26 @@ def test_the_renderer_asks_before_it_takes_processor_options():
     ]
     source = inspect.getsource(OnlineRenderer.preprocess_chat)
     assert "trust_request_mm_kwargs=self.trust_request_mm_kwargs" in source
+
+
+def test_what_waits_in_the_engine_has_the_limits_that_we_set():
+    """Both are read at each request, so that they may be set once the engine is known."""
+    from vllm.config import SchedulerConfig
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.exceptions import GracefulHTTPError, MaxQueuedTokensError, QueueOverflowError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    limits = SchedulerConfig.default_factory()
+    assert limits.max_num_queued_reqs is None
+    assert limits.max_num_queued_tokens is None
+    check = inspect.getsource(AsyncLLM.check_admission)
+    assert "self.scheduler_config.max_num_queued_reqs" in check
+    assert "self.scheduler_config.max_num_queued_tokens" in check
+    assert list(inspect.signature(AsyncLLM.check_admission).parameters)[:2] == ["self", "n"]
+    assert "self.check_admission(request_id=" in inspect.getsource(AsyncLLM._add_request)
+    assert "self.engine_client.check_admission(n)" in inspect.getsource(
+        GenerateBaseServing._preflight
+    )
+    for error in (QueueOverflowError(), MaxQueuedTokensError()):
+        assert isinstance(error, GracefulHTTPError)
+        assert error.http_status == 503

@@ -195,6 +195,27 @@ def put(value, path, odd):
     return copied
 
 
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+LARGE = (  # well formed, and slow to read unless somebody takes care
+    (CHAT, chat() | {f"key{i}": i for i in range(4000)} | {"tool_calls": 5}),
+    (CHAT, chat() | {f"key{i}": i for i in range(4000)} | {"structured_outputs": 5}),
+    (CHAT, chat() | {"metadata": nested(90)}),
+    (CHAT, chat() | {"metadata": nested(400)}),
+    (RESPONSES, {"model": MODEL, "input": [{"a": 1}] * 2000}),
+    (RESPONSES, {"model": MODEL, "input": [1] * 5000}),
+    (RESPONSES, {"model": MODEL, "input": nested(90)}),
+    (MESSAGES, {"model": MODEL, "max_tokens": 2, "messages": [{}] * 5000}),
+    (CHAT, chat() | {"allowed_token_ids": [1] * 300_000}),
+    (CHAT, chat() | {"stop": [""] * 5000}),
+)
+
+
 def corpus():
     """(route, body) pairs without end; the first are one of each kind."""
     for url, _ in PICTURES.values():
@@ -205,6 +226,7 @@ def corpus():
                           "max_output_tokens": 2}  # fmt: skip
     for option, odd in itertools.product(OPTIONS, ODD):
         yield CHAT, chat() | {option: odd}
+    yield from LARGE
     for form in FORMS:
         yield CHAT, chat() | form
     for knob, odd in itertools.product(KNOBS, ODD):

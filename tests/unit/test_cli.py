@@ -56,7 +56,7 @@ def _environment_as_before():
 def served(argv, monkeypatch, tmp_path):
     """What `main` hands to vLLM."""
     calls = []
-    monkeypatch.setattr(cli, "serve", lambda flags, config: calls.append((list(flags), config)))
+    monkeypatch.setattr(cli, "serve", lambda *given: calls.append(given))
     monkeypatch.setattr(cli.demo, "CHECKPOINT", tmp_path)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", "")
@@ -65,13 +65,98 @@ def served(argv, monkeypatch, tmp_path):
     return call
 
 
-def test_the_demo_has_flags_of_its_own_that_can_be_overridden(monkeypatch, tmp_path):
-    flags, config = served(["--demo", "--port", "9", "--host", "::"], monkeypatch, tmp_path)
-    assert flags[0] == str(tmp_path)
-    assert "--served-model-name=hiprune-demo" in flags
-    assert not any(flag.startswith("--host=") for flag in flags)
-    assert flags[-5:] == ["--port", "9", "--host", "::", "--shutdown-timeout=30"]
+def parsed(flags, defaults):
+    """What vLLM makes of a command line with our defaults."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    parser.set_defaults(**defaults)
+    return parser.parse_args(list(flags))
+
+
+def test_the_demo_has_defaults_of_its_own_that_can_be_overridden(monkeypatch, tmp_path):
+    argv = ["--demo", "--port", "9", "--host", "::"]
+    flags, config, defaults = served(argv, monkeypatch, tmp_path)
+    assert list(flags) == [str(tmp_path), *argv[1:]]
     assert config["default"] == {}
+    args = parsed(flags, defaults)
+    assert (args.host, args.port, args.served_model_name) == ("::", 9, ["hiprune-demo"])
+    assert (args.max_model_len, args.enforce_eager, args.shutdown_timeout) == (4096, True, 30)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize(
+    "spelling", ["--shutdown-timeout", "--shutdown_timeout", "--shutdown-timeout="]
+)
+def test_what_is_given_goes_before_our_defaults_however_it_is_spelled(
+    spelling, as_file, monkeypatch, tmp_path
+):
+    if as_file:
+        name = spelling.strip("-=")
+        (tmp_path / "vllm.yaml").write_text(f"{name}: 1\nmax_model_len: 77\nhost: '::'\n")
+        given = ["--config", str(tmp_path / "vllm.yaml")]
+    else:
+        given = [spelling + "1"] if spelling.endswith("=") else [spelling, "1"]
+        given += ["--max_model_len=77", "--host", "::"]
+    for argv in (["--demo", *given], ["some/model", *given]):
+        flags, _, defaults = served(argv, monkeypatch, tmp_path)
+        args = parsed(flags, defaults)
+        assert (args.shutdown_timeout, args.max_model_len, args.host) == (1, 77, "::")
+
+
+def test_every_default_of_ours_is_one_of_vllms_flags():
+    args = vars(parsed(["some/model"], {}))
+    assert {"shutdown_timeout", *cli._DEMO_DEFAULTS} <= args.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--api-key", "x"], {"api-key"}),
+        (["--api_key=x", "-tp", "2"], {"api-key"}),
+        (["m", "--port", "1", "--model"], {"port", "model"}),
+        ([], set()),
+    ],
+)
+def test_names_are_read_however_they_are_spelled(flags, names):
+    assert cli.names_given(flags) == names
+
+
+def test_names_are_read_from_vllms_file_too(tmp_path, capsys):
+    path = tmp_path / "vllm.yaml"
+    path.write_text("api_key: s3cret\nmodel: x\n")
+    assert cli.names_given(["--config", str(path)]) == {"config", "api-key", "model"}
+    for text in ("", "- 1", "a: ["):
+        path.write_text(text)
+        assert cli.names_given(["m", "--config", str(path)]) == {"config"}
+    assert cli.names_given(["m", "--config"]) == {"config"}
+    assert cli.names_given(["m", "--config", "/nowhere"]) == {"config"}
+    path.write_text("model: x\n")
+    with pytest.raises(SystemExit):
+        cli.parse_own(["--demo", "--config", str(path)])
+    assert "--demo serves its own model" in capsys.readouterr().err
+
+
+def test_a_folder_for_metrics_that_was_given_begins_empty(monkeypatch, tmp_path):
+    left, other = tmp_path / "counter_7.db", tmp_path / "notes.txt"
+    left.write_text("of a server that was killed")
+    other.write_text("kept")
+    monkeypatch.setenv(cli.METRICS_DIR, str(tmp_path))
+    served(["m"], monkeypatch, tmp_path)
+    assert not left.exists()
+    assert other.exists()
+    assert os.environ[cli.METRICS_DIR] == str(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["absent", "a file"])
+def test_a_folder_for_metrics_that_cannot_be_written_stops_the_start(kind, monkeypatch, tmp_path):
+    path = tmp_path / "metrics"
+    if kind == "a file":
+        path.write_text("")
+    monkeypatch.setenv(cli.METRICS_DIR, str(path))
+    with pytest.raises(SystemExit, match=f"{cli.METRICS_DIR} must name a folder .* got {path}"):
+        served(["m"], monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("flags", ["", "--data-parallel-size 2 --api-server-count 1"])
@@ -79,7 +164,7 @@ def test_metrics_go_through_a_folder_that_is_there_while_the_server_runs(monkeyp
     monkeypatch.delenv(cli.METRICS_DIR, raising=False)
     seen = []
 
-    def serve(flags, config):
+    def serve(flags, config, defaults):
         folder = Path(os.environ[cli.METRICS_DIR])
         seen.extend([folder, folder.is_dir()])
 

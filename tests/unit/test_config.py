@@ -73,7 +73,7 @@ def test_what_is_exported_is_read_back_the_same(file):
     [
         (
             "defaults: {}",
-            "settings.yaml: defaults is unknown; known are default, explain, limits.fixed,",
+            "settings.yaml: defaults is unknown; known are default, explain, limits.body_seconds,",
         ),
         ("limits: {min: 1}", "settings.yaml: limits.min is unknown"),
         ("limits: 3", "settings.yaml: limits must hold keys and values, got 3"),
@@ -90,6 +90,11 @@ def test_what_is_exported_is_read_back_the_same(file):
         ("- 1", "must hold keys and values, got a list"),
         ("a: [", "is not YAML"),
         ("limits: {min_tokens: 9, max_tokens: 8}", "must not be above limits.max_tokens, got 9"),
+        (
+            "limits: {max_body_bytes: 9, max_held_bytes: 8}",
+            "must not be below limits.max_body_bytes, got 8 and 9",
+        ),
+        ("metrics_key: 1", "metrics_key must be true or false, got 1"),
         ("{default: {tokens: 9}, limits: {max_tokens: 8}}", "within the limits [1, 8], got 9"),
         ("{presets: {low: {method: random}}, limits: {methods: [hiprune]}}", "limits.methods"),
     ],
