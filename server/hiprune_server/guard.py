@@ -5,22 +5,11 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hiprune_server.metrics import BODY, REJECTED, ROUTE
-from hiprune_server.wishes import places
-from hiprune_vllm.plan import FIELD
+from hiprune_server.metrics import BODY, OTHER, REJECTED, ROUTE
+from hiprune_server.places import READ, fault
 
-CARRIES: Final = (
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/hiprune/explain",
-)
-"""Routes that read budgets."""
 STOPPING: Final = "hiprune_stopping"
 """In the application's state: an event that is set once the server is told to stop."""
-_MARKS: Final = (f'"{FIELD}"'.encode(), b"\\u00")
-"""Without one of these a body has no `hiprune` key: the second begins a letter's escape."""
 
 
 class Guard:
@@ -29,8 +18,8 @@ class Guard:
     Once the server is told to stop, what is new is HTTP 503 (`/health` too), so that clients and
     load balancers go elsewhere while requests under way finish.
     A body above the limit is HTTP 413, and is not read to its end. A `hiprune` field where nothing
-    will read it is HTTP 400: nothing that a client asks for is ignored. The body is parsed for that
-    only where the word is in it.
+    will read it is HTTP 400: nothing that a client asks for is ignored; so is text that is none
+    (see `places.fault`).
 
     Args:
         max_bytes: of a body.
@@ -63,11 +52,10 @@ class Guard:
             await _refuse(413, told + f"got {size} or more", None, send)
             return
         route = scope["path"].removeprefix(scope.get("root_path", ""))
-        field = find(bytes(body)) if route not in CARRIES and _is_json(scope) else None
-        if field is not None:
-            REJECTED.labels(ROUTE).inc()
-            told = f"{field} cannot be served on {route}: send it to {CARRIES[0]}, or leave it out "
-            await _refuse(400, told + "and the server's default applies", field, send)
+        wrong = fault(route, bytes(body))
+        if wrong is not None:
+            REJECTED.labels(OTHER if route in READ else ROUTE).inc()
+            await _refuse(400, str(wrong), wrong.field, send)
             return
         unread = True
 
@@ -81,17 +69,6 @@ class Guard:
         await self._app(scope, again, send)
 
 
-def find(body: bytes) -> str | None:
-    """Where in a request a budget stands; None where there is none or it is no JSON."""
-    if not any(mark in body for mark in _MARKS):
-        return None
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return None  # the route says what is wrong
-    return next(places(found), None)
-
-
 def _is_stopping(scope: Scope) -> bool:
     stopping = getattr(scope["app"].state, STOPPING, None)
     return stopping is not None and stopping.is_set()
@@ -100,10 +77,6 @@ def _is_stopping(scope: Scope) -> bool:
 def _header(scope: Scope, name: bytes) -> bytes:
     values: list[bytes] = [value for one, value in scope["headers"] if one == name]
     return values[-1] if values else b""
-
-
-def _is_json(scope: Scope) -> bool:
-    return b"json" in _header(scope, b"content-type").lower()
 
 
 def _length(scope: Scope) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, unquote
@@ -76,10 +76,6 @@ def take_image_wishes(
         plain.append(message)
         if not isinstance(message, dict):
             continue
-        if FIELD in message:
-            raise PlanError(
-                f"messages[{m}].{FIELD}", "must stand in an image part or at the top of the request"
-            )
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue
@@ -99,11 +95,6 @@ def _take(part: Any, name: str, pruning: Pruning, presets: Presets) -> tuple[Any
     """A part without its wish, and the wish; None for a part that is no image."""
     if not isinstance(part, dict):
         return part, None
-    for key in IMAGE_PARTS:
-        if isinstance(part.get(key), dict) and FIELD in part[key]:
-            raise PlanError(
-                f"{name}.{key}.{FIELD}", f"must stand in the image part itself, beside {key}"
-            )
     # As vLLM reads it: by its type, or by its keys where that is missing or where it has a uuid.
     kind = part.get("type") if "uuid" not in part else None
     by_key = any(key in part for key in IMAGE_PARTS)
@@ -190,15 +181,3 @@ def _untagged(part: dict[str, Any], name: str) -> tuple[dict[str, Any], str, Any
     path, value = json.loads(unquote(text))
     without = inner | {"url": url} if isinstance(inner, dict) else url
     return part | {"image_url": without}, path, value
-
-
-def places(value: Any, path: str = "") -> Iterator[str]:
-    """Paths of `hiprune` keys at the top of a request, in messages and in their parts."""
-    if not isinstance(value, dict):
-        return
-    if FIELD in value:
-        yield f"{path}{FIELD}"
-    for key in ("messages", "input", "system", "content"):
-        items = value.get(key)
-        for i, item in enumerate(items if isinstance(items, list) else ()):
-            yield from places(item, f"{path}{key}[{i}].")

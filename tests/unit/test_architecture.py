@@ -61,6 +61,7 @@ ALLOWED = {
     ],
     "hiprune_server/media.py": ["vllm"],
     "hiprune_server/wishes.py": ["hiprune_vllm.plan"],
+    "hiprune_server/places.py": ["hiprune_vllm.plan"],
     "hiprune_server/openapi.py": ["fastapi", "hiprune_vllm.plan"],
     "hiprune_server/playground": ["fastapi", "starlette", "hiprune_server.demo"],
     "hiprune_server/endpoint.py": [
@@ -74,8 +75,7 @@ ALLOWED = {
     "hiprune_server/guard.py": [
         "starlette",
         "hiprune_server.metrics",
-        "hiprune_server.wishes",
-        "hiprune_vllm.plan",
+        "hiprune_server.places",
     ],
     "hiprune_server/metrics.py": ["prometheus_client", "hiprune_vllm.plan"],
     "hiprune_server/demo/__init__.py": [],
