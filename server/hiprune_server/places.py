@@ -86,9 +86,9 @@ def _may_have_some(body: bytes) -> bool:
     A letter may be written as an escape (`\\u00..`), half of a pair as another (`\\ud...`) or in
     bytes that begin with `ed`; zeros are those of UTF-16 and UTF-32, which Python reads too.
     """
-    return b"prune" in body.lower() or any(
-        mark in body for mark in (b"\\u00", b"\\ud", b"\\uD", b"\0", b"\xed")
-    )
+    if b"\\" in body and any(mark in body for mark in (b"\\u00", b"\\ud", b"\\uD")):
+        return True
+    return b"\0" in body or b"\xed" in body or b"prune" in body.lower()
 
 
 def _keys_and_texts(value: Any) -> Iterator[tuple[Any, str, bool]]:
@@ -103,7 +103,8 @@ def _keys_and_texts(value: Any) -> Iterator[tuple[Any, str, bool]]:
             yield chain, value, False
             continue
         keyed = isinstance(value, dict)
-        for step, inner in value.items() if keyed else enumerate(value):
+        pairs: Any = value.items() if keyed else enumerate(value)
+        for step, inner in pairs:
             if keyed and (not step.isascii() or "prune" in step.lower()):
                 yield (chain, step), step, True
             if isinstance(inner, dict | list) or (isinstance(inner, str) and not inner.isascii()):
