@@ -26,6 +26,10 @@ class PlanError(ValueError):
         self.field = field
 
 
+class PicturesLeftOut(PlanError):
+    """Pictures that have no place in the prompt: a chat template drops them, or it was cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """What a vision encoder allows, read from a checkpoint's configuration.
