@@ -50,6 +50,8 @@ ALLOWED = {
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/requests.py": ["vllm", "pydantic", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/resending.py": [],
+    "hiprune_server/shape.py": ["vllm"],
+    "hiprune_server/templates.py": ["vllm", "hiprune_server.wishes", "hiprune_vllm.plan"],
     "hiprune_server/rendering.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/explain.py": [
         "vllm",

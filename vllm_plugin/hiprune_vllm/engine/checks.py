@@ -75,6 +75,7 @@ def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[
                 "messages",
                 f"must have their pictures where the model's chat template takes them: the prompt "
                 f"has {places} places for {len(of_items)} {modality} items",
+                next(iter(targets)),
             )
             raise VLLMValidationError(str(left_out), parameter=left_out.field) from left_out
 

@@ -1,0 +1,62 @@
+"""The shape of chat messages that vLLM's templates and loaders take for granted."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from vllm.exceptions import VLLMValidationError
+
+TEXTS: Final = ("text", "refusal", "thinking", "uuid")
+"""Keys of a part that hold text."""
+URLS: Final = ("image_url", "audio_url", "video_url")
+"""Keys of a part that hold a URL, or an object with one."""
+TENSORS: Final = ("image_embeds", "audio_embeds", "video_embeds")
+"""Keys of a part that hold an encoded tensor, or an object of them."""
+
+
+def check_messages(messages: Sequence[Any], field: str) -> None:
+    """Refuses messages that could not be read, by name: vLLM's own models let some of them pass.
+
+    Args:
+        messages: chat messages; their content is text, a list or missing.
+        field: what the request calls them.
+
+    Raises:
+        VLLMValidationError: names the first thing that is wrong.
+    """
+    for m, message in enumerate(messages):
+        if not isinstance(message, dict):
+            _refuse(f"{field}[{m}]", "an object", message)
+        content = message.get("content")
+        for p, part in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(part, str):
+                _check_part(part, f"{field}[{m}].content[{p}]")
+
+
+def _check_part(part: Any, name: str) -> None:
+    if not isinstance(part, dict):
+        _refuse(name, "an object or text", part)
+    for key in TEXTS:
+        if not isinstance(part.get(key), str | None):
+            _refuse(f"{name}.{key}", "text", part[key])
+    for key in URLS:
+        url, place = part.get(key), f"{name}.{key}"
+        if isinstance(url, Mapping):
+            url, place = url.get("url"), f"{place}.url"
+        if not isinstance(url, str | None):
+            _refuse(place, "a URL", url)
+    for key in TENSORS:
+        tensors, place = part.get(key), f"{name}.{key}"
+        if isinstance(tensors, Mapping):
+            for inner, tensor in tensors.items():
+                if not isinstance(tensor, str | list):
+                    _refuse(f"{place}.{inner}", "an encoded tensor", tensor)
+        elif not isinstance(tensors, str | None):
+            _refuse(place, "an encoded tensor", tensors)
+    if part.get("image_pil") is not None:  # for programs: no JSON is such a picture
+        _refuse(f"{name}.image_pil", "null", part["image_pil"])
+
+
+def _refuse(name: str, wanted: str, got: object) -> None:
+    raise VLLMValidationError(
+        f"{name} must be {wanted}, got {type(got).__name__}: {got!r:.60}", parameter=name
+    )
