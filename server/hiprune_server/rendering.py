@@ -12,7 +12,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from hiprune_server import metrics
 from hiprune_server.resending import AGAIN
-from hiprune_server.shape import check_messages
+from hiprune_server.shape import check_messages, tensors_in
 from hiprune_server.templates import left_out
 from hiprune_server.wishes import (
     ImageWish,
@@ -73,16 +73,23 @@ class ServerTrouble(VLLMServerError):
 
 
 @contextmanager
-def named() -> Iterator[None]:
+def named(messages: Sequence[Any]) -> Iterator[None]:
     """Lets refusals pass and makes all else the server's trouble, which is logged.
 
-    vLLM's handlers take some errors of Python's, such as TypeError, for the client's fault.
+    vLLM's handlers take some errors of Python's, such as TypeError, for the client's fault. Tensors
+    are the exception: vLLM looks at those that a client sends no further than it stumbles.
     """
     try:
         yield
     except (VLLMError, ValueError, NotImplementedError):
         raise
     except Exception as error:
+        tensors = tensors_in(messages)
+        if tensors is not None:
+            raise VLLMValidationError(
+                f"{tensors} must be such as this model takes, these cannot be read",
+                parameter=tensors,
+            ) from error
         logger.exception("A request could not be rendered.")
         raise ServerTrouble("Internal server error") from error
 
@@ -145,7 +152,7 @@ class PrunedRenderer(OnlineRenderer):
             try:
                 # The request itself and no copy: vLLM's parsers change it while it is rendered.
                 request.mm_processor_kwargs = options or None
-                with named():
+                with named(plain):
                     return await preprocess(request, plain, *args, **kwargs | changes)
             finally:
                 request.mm_processor_kwargs = given

@@ -32,6 +32,18 @@ def check_messages(messages: Sequence[Any], field: str) -> None:
                 _check_part(part, f"{field}[{m}].content[{p}]")
 
 
+def tensors_in(messages: Sequence[Any]) -> str | None:
+    """The key of a part with tensors of the client's own, if there is one."""
+    parts = [
+        part
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+        if isinstance(part, dict)
+    ]
+    return next((key for key in TENSORS for part in parts if key in part), None)
+
+
 def _check_part(part: Any, name: str) -> None:
     if not isinstance(part, dict):
         _refuse(name, "an object or text", part)
@@ -44,14 +56,13 @@ def _check_part(part: Any, name: str) -> None:
             url, place = url.get("url"), f"{place}.url"
         if not isinstance(url, str | None):
             _refuse(place, "a URL", url)
+        if key in part and not url and part.get("uuid") is None:
+            _refuse(place, "a URL where the part has no uuid", url)
     for key in TENSORS:
-        tensors, place = part.get(key), f"{name}.{key}"
-        if isinstance(tensors, Mapping):
-            for inner, tensor in tensors.items():
-                if not isinstance(tensor, str | list):
-                    _refuse(f"{place}.{inner}", "an encoded tensor", tensor)
-        elif not isinstance(tensors, str | None):
-            _refuse(place, "an encoded tensor", tensors)
+        tensors = part.get(key)
+        for encoded in tensors.values() if isinstance(tensors, Mapping) else [tensors]:
+            if not isinstance(encoded, str | list | None):
+                _refuse(f"{name}.{key}", "encoded tensors", encoded)
     if part.get("image_pil") is not None:  # for programs: no JSON is such a picture
         _refuse(f"{name}.image_pil", "null", part["image_pil"])
 
