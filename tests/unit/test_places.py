@@ -1,5 +1,6 @@
 """Where a budget may stand on each route; anywhere else, and in any spelling, its name is told."""
 
+import gc
 import json
 import time
 
@@ -133,5 +134,9 @@ def test_looking_takes_time_in_proportion_to_the_body(body):
             times.append(time.perf_counter() - begun)
         return min(times)
 
-    # Were it quadratic, 64 times.
-    assert best(160_000) < 32 * best(20_000)
+    gc.disable()  # its pauses depend on all that the process has
+    try:
+        small, large = best(80_000), best(320_000)
+    finally:
+        gc.enable()
+    assert large < 12 * small  # 16 times, were it quadratic
