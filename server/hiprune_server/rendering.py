@@ -13,7 +13,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from hiprune_server import metrics
 from hiprune_server.resending import AGAIN
 from hiprune_server.shape import check_messages, tensors_in
-from hiprune_server.templates import left_out
+from hiprune_server.templates import check_order, left_out
 from hiprune_server.wishes import (
     ImageWish,
     Presets,
@@ -145,7 +145,9 @@ class PrunedRenderer(OnlineRenderer):
             wishes, options = self._wishes(request, given or {}, of_images)
         except PlanError as error:
             raise refused(error) from error
-        check_messages(plain, "input" if hasattr(request, "input") else "messages")
+        field = "input" if hasattr(request, "input") else "messages"
+        check_messages(plain, field)
+        check_order(plain, field)
         preprocess = super().preprocess_chat
 
         async def rendered(**changes: Any) -> Any:

@@ -2,12 +2,37 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from vllm.exceptions import VLLMValidationError
 
 from hiprune_server.wishes import is_picture
 from hiprune_vllm.plan import PicturesLeftOut
+
+TRIED: Final = 5
+"""Roles of one request that are tried; no API has more, but a client may name others."""
+
+
+def check_order(messages: Sequence[Any], field: str) -> None:
+    """Refuses pictures of a developer's behind those of others.
+
+    For templates that do not know that role vLLM puts what it says before everything else, and the
+    pictures would change places.
+
+    Raises:
+        VLLMValidationError: names the message.
+    """
+    others = False
+    for m, message in enumerate(messages):
+        has_pictures = bool(_pictures(message))
+        if message.get("role") != "developer":
+            others = others or has_pictures
+        elif others and has_pictures:
+            raise VLLMValidationError(
+                f"{field}[{m}] must not have pictures: those in developer messages must come "
+                "before all others",
+                parameter=f"{field}[{m}]",
+            )
 
 
 async def left_out(
@@ -37,7 +62,7 @@ async def left_out(
 
     pictures = Counter(str(m.get("role")) for m in messages for _ in _pictures(m))
     all_places = await places(None)
-    for role, number in pictures.items():
+    for role, number in list(pictures.items())[:TRIED]:
         if all_places - await places(role) < number:
             field = "input" if hasattr(request, "input") else "messages"
             return VLLMValidationError(

@@ -124,13 +124,17 @@ def test_a_template_that_leaves_pictures_out_is_named_with_the_role(picky, role)
         error = refused(picky, messages)
         assert error.parameter == "messages"
         assert f"leaves out pictures in {role} messages" in str(error)
+    many = [{"role": f"role-{n}", "content": [image(CUP)]} for n in range(40)]
+    assert "leaves out pictures in role-0 messages" in str(refused(picky, many))
     assert kept(rendered(picky, [user(TEXT, image()), {**found, "content": "x"}])) == [FULL]
 
 
-def test_pictures_of_developers_are_left_out_where_vllm_makes_text_of_what_they_say(llava):
-    said = {"role": "developer", "content": [TEXT, image()]}
+def test_pictures_of_developers_come_first_as_vllm_puts_them_there(llava):
+    said = {"role": "developer", "content": [TEXT, image(hiprune={"tokens": 9})]}
+    assert kept(rendered(llava, [said, user(TEXT, image())])) == [9, FULL]
     error = refused(llava, [user(TEXT, image()), said, user(TEXT)])
-    assert "leaves out pictures in developer messages" in str(error)
+    assert error.parameter == "messages[1]"
+    assert "developer" in str(error)
 
 
 def test_a_cut_prompt_is_named_as_that(llava):
