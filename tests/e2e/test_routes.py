@@ -179,7 +179,7 @@ def test_processor_options_of_a_client_stay_refused(server, route):
     assert answer.status_code == 400
     # The Messages API has no such field, and nothing is dropped that has to do with a budget.
     wanted = "mm_processor_kwargs.hiprune" if route == MESSAGES else "mm_processor_kwargs"
-    assert answer.json()["error"]["param"] == wanted
+    assert wanted in answer.json()["error"]["message"]
 
 
 def test_other_routes_refuse_a_budget(server):
@@ -234,8 +234,9 @@ PLAN = {"tokens": 64}
 def test_a_budget_in_a_place_where_nobody_reads_it_is_refused(server, route, keys, part, field):
     answer = server.post(route, body(server, route, image(route, CAT) | part, **keys))
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == field
-    assert field in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert error["message"].startswith(field)
+    assert error.get("param", field) == field  # the Messages API has an envelope of its own
 
 
 def test_a_batch_with_a_budget_is_refused_with_its_path(server):
