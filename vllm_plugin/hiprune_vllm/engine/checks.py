@@ -29,6 +29,8 @@ def check_embeddings(items: EmbeddingItems | DictEmbeddingItems, config: Any) ->
         grid = None
         if isinstance(item, Mapping):
             grid, item = item.get(f"{items.modality}_grid_thw"), item.get(field)
+            if item is None:
+                continue  # it comes by an encoder connector
         if not isinstance(item, torch.Tensor) or item.ndim != 2:
             _refuse(field, i, f"must be a tensor of the shape (rows, {width})")
         if not item.is_floating_point() or item.shape[1] != width or not len(item):
