@@ -65,7 +65,7 @@ def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[
         if not all(isinstance(target, list) and len(target) == 1 for target in found):
             continue  # a model that is not pruned, and marks places by more than one token
         targets = {target[0] for target in found}
-        places = sum(token in targets for token in prompt)
+        places = sum(prompt.count(target) for target in targets)
         if places > len(of_items):
             raise VLLMValidationError(
                 f"messages must not have the {modality} placeholder in their text, got {places} "
