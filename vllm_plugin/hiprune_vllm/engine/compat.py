@@ -1,6 +1,6 @@
 """Which vLLM this plugin was tested with, and which engine options it cannot work with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from vllm.config import MultiModalConfig
@@ -10,6 +10,9 @@ from hiprune_vllm import tuning
 
 OLDEST: Final = (0, 32)
 BELOW: Final = (0, 33)
+
+ENCODER_BUDGET: Final = "hiprune_vllm.engine.scheduling.WholeImageBudget"
+"""Class by which the scheduler counts what is encoded."""
 
 
 def check_version(version: str) -> None:
@@ -60,6 +63,37 @@ def check_engine(vllm_config: Any) -> None:
             "hiprune-vllm reads the queries and keys of two encoder layers, which a compiled "
             "encoder hides: compile_mm_encoder must be false. Remove it from --compilation-config."
         )
+    counts = vllm_config.ec_manager_config.encoder_cache_manager_cls
+    if counts != ENCODER_BUDGET:
+        raise ValueError(
+            "hiprune-vllm bounds what one engine step encodes by a cache manager of its own: "
+            f"encoder_cache_manager_cls must be unset, got {counts!r}. Remove --ec-manager-config."
+        )
+
+
+def charge_whole_images(architectures: Iterable[str]) -> None:
+    """Makes the scheduler charge an image by all its tokens, in engines of these models.
+
+    Symptom: many images of few kept tokens are encoded in one engine step, and all other requests
+        wait for it.
+    Cause: the scheduler charges the step's encoder budget by an image's placeholder tokens, which
+        are the kept ones, where the tower works on all.
+    Change: engines of these models have a cache manager that counts whole images, by vLLM's own
+        setting for one. It is set where vLLM lets a model adapt the configuration, once, in the
+        process that makes it. Idempotent.
+    Remove when: vLLM charges compute apart from memory.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class CountsWholeImages(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            chosen = vllm_config.ec_manager_config
+            if chosen.encoder_cache_manager_cls is None:
+                chosen.encoder_cache_manager_cls = ENCODER_BUDGET
+
+    for architecture in architectures:
+        MODELS_CONFIG_MAP.setdefault(architecture, CountsWholeImages)
 
 
 def named_as(vllm_class: type) -> Callable[[type], type]:

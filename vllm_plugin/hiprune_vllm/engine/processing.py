@@ -23,6 +23,7 @@ from vllm.multimodal.processing import (
 
 from hiprune_vllm.engine import explain
 from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
+from hiprune_vllm.engine.scheduling import with_size
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
     FIELD,
@@ -307,7 +308,10 @@ class PrunedProcessor(BaseMultiModalProcessor):
             hf_processor_mm_kwargs={**plain.hf_processor_mm_kwargs, FIELD: tuple(items)},
             media_io_kwargs=plain.media_io_kwargs,
             cache=plain.cache,
-            hashes={**hashes, "image": [item.identity for item in items]},
+            hashes={
+                **hashes,
+                "image": [with_size(item.identity, item.budget.full) for item in items],
+            },
         )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
