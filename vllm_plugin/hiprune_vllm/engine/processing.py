@@ -188,6 +188,8 @@ class PrunedProcessor(BaseMultiModalProcessor):
             # The very object that `get_dummy_inputs` hands over: no request can bring it.
             measured = inputs.hf_processor_mm_kwargs.get(FIELD) is FULL
             limits = NO_LIMITS if measured else self.pruning.limits
+            if not measured:
+                limits.check_images([count.full for count in counts])
             budgets = resolve_all(plans, counts, encoder, limits)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
