@@ -1,6 +1,7 @@
 """Which vLLM this plugin was tested with, and which engine options it cannot work with."""
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, Final
 
 from vllm.config import MultiModalConfig
@@ -168,6 +169,7 @@ def leave_positions_of_text() -> None:
     if hasattr(gather, "of_vllm"):
         return
 
+    @wraps(gather)
     def gather_for_media(self: Any, scheduler_output: Any, shift_computed_tokens: int = 0) -> Any:
         enabled = self.is_multimodal_pruning_enabled
         self.is_multimodal_pruning_enabled = enabled and _has_media(self, shift_computed_tokens)
