@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hiprune_vllm.plan import MAX_TOKENS, Encoder, Limits, PlanError, parse_plan
+from hiprune_vllm.plan import MAX_FULL_TOKENS, MAX_TOKENS, Encoder, Limits, PlanError, parse_plan
 from hiprune_vllm.pruning.budget import METHODS
 
 PREFIX: Final = "HIPRUNE_"
@@ -90,6 +90,7 @@ class Config:
             max_tokens=self["limits.max_tokens"],
             methods=tuple(self["limits.methods"]),
             fixed=tuple(self["limits.fixed"]),
+            max_full_tokens=self["limits.max_full_tokens"],
         )
 
     @property
@@ -182,6 +183,9 @@ SETTINGS: Final = (
             _some_of(METHODS, at_least=1), _names, list(METHODS)),
     Setting("limits.fixed", "A,B", "knobs that requests may not change",
             _some_of(FIXABLE, at_least=0), _names, []),
+    Setting("limits.max_full_tokens", "N",
+            "visual tokens that all images of a request may have together before pruning",
+            _count, _number, MAX_FULL_TOKENS),
     Setting("limits.max_body_bytes", "N", "bytes that a request's body may have",
             _count, _number, 64 * 2**20),
     Setting("limits.max_held_bytes", "N",

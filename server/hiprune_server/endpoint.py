@@ -226,5 +226,6 @@ async def describe(raw_request: Request) -> dict[str, Any]:
         "presets": {
             detail: plan.to_dict() for detail, plan in raw_request.app.state.hiprune_presets.items()
         },
-        "limits": schema(encoder, pruning.limits),
+        "limits": schema(encoder, pruning.limits)
+        | {"max_full_tokens": pruning.limits.max_full_tokens},
     }

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import vllm
-from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig, SpeculativeConfig
+from vllm.config import CompilationConfig, MultiModalConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models import clip, llava, llava_next, qwen2_5_vl, siglip
 from vllm.multimodal.cache import LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache
@@ -22,7 +22,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
 from vllm.renderers import BaseRenderer
 
-from hiprune_vllm.engine.compat import check_engine, check_version
+from hiprune_vllm.engine.compat import ENCODER_BUDGET, check_engine, check_version
 
 
 def parameters(function):
@@ -57,7 +57,14 @@ def test_every_build_of_the_tested_release_is_accepted(found):
 class Config:
     """As much of a VllmConfig as the gate reads."""
 
-    def __init__(self, mode="weights", compiled=False, draft=None, method="draft_model"):
+    def __init__(
+        self,
+        mode="weights",
+        compiled=False,
+        draft=None,
+        method="draft_model",
+        counts=ENCODER_BUDGET,
+    ):
         self.speculative_config = self if draft else None
         self.use_ngram = lambda: method == "ngram"
         self.draft_model_config = draft
@@ -66,6 +73,8 @@ class Config:
         self.compilation_config = self
         self.mm_encoder_tp_mode = mode
         self.compile_mm_encoder = compiled
+        self.ec_manager_config = self
+        self.encoder_cache_manager_cls = counts
 
 
 def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
@@ -79,6 +88,9 @@ def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
         check_engine(Config(draft=multimodal))
     check_engine(Config(draft=SimpleNamespace(is_multimodal_model=False, model="draft")))
     check_engine(Config(draft=multimodal, method="ngram"))  # vLLM names the served model there
+    for counts in (None, "theirs.Manager"):
+        with pytest.raises(ValueError, match="encoder_cache_manager_cls must be unset, got"):
+            check_engine(Config(counts=counts))
 
 
 def test_the_configuration_has_what_is_read_from_it():
@@ -87,7 +99,6 @@ def test_the_configuration_has_what_is_read_from_it():
     assert "mm_hasher_algorithm" in {f.name for f in fields(MultiModalConfig)}
     assert "compile_mm_encoder" in {f.name for f in fields(CompilationConfig)}
     assert parameters(SpeculativeConfig.use_ngram) == ["self"]
-    assert "max_num_encoder_input_tokens" in {f.name for f in fields(SchedulerConfig)}
 
 
 def test_encoder_attention_is_called_with_query_and_key_first():

@@ -91,6 +91,37 @@ def worker_model(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.get_model()
 
 
+def scheduler(llm: Any) -> Any:
+    """The scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextmanager
+def pixels_of_steps(llm: Any) -> Iterator[list[int]]:
+    """Notes how many pixel values an in-process engine moves to the device in every step."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    model, steps = worker_model(llm), []
+    step, embed = runner._execute_mm_encoder, model.embed_multimodal
+
+    def note_step(*args: Any, **kwargs: Any) -> Any:
+        steps.append(0)
+        result = step(*args, **kwargs)
+        if not steps[-1]:
+            steps.pop()
+        return result
+
+    def note_pixels(**kwargs: Any) -> Any:
+        steps[-1] += kwargs["pixel_values"].numel()
+        return embed(**kwargs)
+
+    runner._execute_mm_encoder, model.embed_multimodal = note_step, note_pixels
+    try:
+        yield steps
+    finally:
+        del runner._execute_mm_encoder
+        del model.embed_multimodal
+
+
 _identities = itertools.count(1)
 
 

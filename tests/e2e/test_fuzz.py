@@ -191,6 +191,13 @@ def chat(url=SAMPLE, plan=None, **part):
     return body if plan is None else body | {"hiprune": plan}
 
 
+def crowd(count, distinct, plan):
+    """Many pictures in one request."""
+    urls = [encoded(saved(Image.new("RGB", (8, 8), (i, 99, 0)))) for i in range(distinct)]
+    parts = [{"type": "image_url", "image_url": {"url": urls[i % distinct]}} for i in range(count)]
+    return chat() | {"hiprune": plan, "messages": [{"role": "user", "content": parts}]}
+
+
 def places(value, path=()):
     """Paths of everything in a body."""
     yield path
@@ -254,6 +261,8 @@ def corpus():
         yield CHAT, named
         yield CHAT, put(named, ("messages", 0, "content", 1, "image_url"), None)
         yield f"{CHAT}/batch", chat(plan=plan) | {"messages": [chat()["messages"]]}
+    for count, distinct in ((64, 64), (999, 1), (1000, 1), (2000, 1)):
+        yield CHAT, crowd(count, distinct, {"tokens": 1})
     for knob, odd in itertools.product(KNOBS, ODD):
         yield CHAT, chat(plan={knob: odd})
         yield CHAT, chat(hiprune={knob: odd})

@@ -9,7 +9,8 @@ from tests.photos import data_url, photo
 
 SETTINGS = """
 presets: {low: {tokens: 50}, original: {tokens: 300}}
-limits: {min_tokens: 16, max_tokens: 400, methods: [hiprune, attention], fixed: [object_layer]}
+limits: {min_tokens: 16, max_tokens: 400, methods: [hiprune, attention], fixed: [object_layer],
+         max_full_tokens: 1800}
 """
 QUESTION = {"type": "text", "text": "What is this?"}
 
@@ -106,6 +107,87 @@ def test_get_hiprune_shows_presets_and_limits(server):
     assert told["limits"]["tokens"] == {"type": "integer", "minimum": 16, "maximum": 400}
     assert told["limits"]["method"] == {"enum": ["hiprune", "attention"]}
     assert "object_layer" not in told["limits"]
+    assert told["limits"]["max_full_tokens"] == 1800
+
+
+def chat_part(picture, **own):
+    return {"type": "image_url", "image_url": {"url": picture}, **own}
+
+
+MANY = {
+    "/v1/chat/completions": lambda server, picture, count: {
+        "messages": [{"role": "user", "content": [QUESTION, *[chat_part(picture)] * count]}],
+        "max_tokens": 2,
+    },
+    "/v1/responses": lambda server, picture, count: {
+        "input": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_text", "text": "What?"},
+                    *[{"type": "input_image", "image_url": picture, "detail": "low"}] * count,
+                ],
+            }
+        ],
+        "max_output_tokens": 2,
+    },
+    "/v1/messages": lambda server, picture, count: {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    QUESTION,
+                    *[
+                        {
+                            "type": "image",
+                            "source": {
+                                "type": "base64",
+                                "media_type": "image/png",
+                                "data": picture.partition(",")[2],
+                            },
+                        }
+                    ]
+                    * count,
+                ],
+            }
+        ],
+        "max_tokens": 2,
+    },
+}
+MANY["/v1/messages/count_tokens"] = MANY["/v1/messages"]
+
+
+@pytest.mark.parametrize("plan", [{"tokens": 16}, {}])
+@pytest.mark.parametrize("route", MANY)
+def test_more_tokens_before_pruning_than_the_limit_are_a_400_that_names_it(
+    server, picture, route, plan
+):
+    """Pruned or not: three pictures of 576 are within 1,800, the same four are not."""
+    body = {"model": server.model, "hiprune": plan}
+    if route.endswith("count_tokens"):
+        body.pop("hiprune")
+    fits = server.post(route, body | MANY[route](server, picture, 3))
+    assert fits.status_code == 200, fits.text
+    refused = server.post(route, body | MANY[route](server, picture, 4))
+    assert refused.status_code == 400
+    told = refused.json()["error"]["message"]
+    assert "at most 1800 visual tokens" in told
+    assert "limits.max_full_tokens" in told
+    assert "got 2304 in 4 images" in told
+
+
+def test_pictures_that_are_named_by_uuid_alone_count_too(server, picture):
+    def asked(*parts):
+        message = {"role": "user", "content": [QUESTION, *parts]}
+        body = {"model": server.model, "messages": [message], "max_tokens": 2}
+        return server.post("/v1/chat/completions", body | {"hiprune": {"tokens": 16}})
+
+    known = {"type": "image_url", "image_url": None, "uuid": "seen"}
+    assert asked(chat_part(picture, uuid="seen")).status_code == 200
+    assert asked(*[known] * 3).status_code == 200
+    refused = asked(*[known] * 4)
+    assert refused.status_code == 400
+    assert "limits.max_full_tokens" in refused.json()["error"]["message"]
 
 
 ROUTES = {

@@ -15,7 +15,9 @@ from tests.e2e.offline import (
     generate,
     in_new_process,
     one_by_one,
+    pixels_of_steps,
     request,
+    scheduler,
 )
 from tests.photos import photo
 from tests.reference.llava import LlavaOracle
@@ -122,17 +124,21 @@ def run_clip(path):
         results["projected"], results["forwards"] = list(projected), list(patches)
         results["mixed"] = [tensor.clone() for tensor in mixed]
 
-        patches.clear()
-        limit, model._max_encoder_tokens = model._max_encoder_tokens, 576 * 3
-        sliced = model.embed_multimodal(pixel_values=pixels, hiprune_budget=rows(64, 576, 1, 192))
-        model._max_encoder_tokens = limit
-        results["sliced_forwards"] = list(patches)
-        results["sliced_difference"] = max(
-            (a - b).abs().max().item() for a, b in zip(mixed, sliced, strict=True)
-        )
         for hook in hooks:
             hook.remove()
         results["stock"] = stock
+
+    many = [images["rocket"].rotate(i) for i in range(24)]
+    for name, asked in (
+        ("whole", [request(one, None) for one in many]),
+        ("one token", [request(many, {"tokens": 1})]),
+        ("own plans", [request(many, [{"tokens": 1}, {"tokens": 9}] * 12)]),
+    ):
+        forget(llm)
+        with pixels_of_steps(llm) as steps:
+            generate(llm, asked, 1)
+        results[name] = list(steps)
+    results["budget"] = scheduler(llm).max_num_encoder_input_tokens
     return cases, results
 
 
@@ -260,10 +266,15 @@ def test_only_kept_tokens_pass_the_projector(clip, oracle):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
 
 
-def test_the_tower_runs_in_slices_that_an_unpruned_schedule_would_allow(clip):
+def test_one_step_never_moves_more_pixels_to_the_device_than_an_unpruned_schedule(clip):
     results = clip[1]
-    assert results["sliced_forwards"] == [3, 1]
-    assert results["sliced_difference"] < 1e-4
+    picture = 3 * 336 * 336
+    fit = results["budget"] // 576
+    assert fit < 24
+    for name in ("one token", "own plans"):
+        assert sum(results[name]) == sum(results["whole"]) == 24 * picture
+        assert max(results[name]) == fit * picture
+        assert max(results[name]) <= max(results["whole"])
 
 
 def run_stock(path):

@@ -1,10 +1,17 @@
-"""`make load` against the real engine, and its report in a real browser."""
+"""`make load` against the real engine, its report in a real browser, and who waits for whom."""
 
 import json
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from loadtests.load.__main__ import main as load
 from tests.e2e.browser import browser, needs_browser
@@ -64,6 +71,78 @@ def test_cache_hits_are_measured_on_purpose(server, tmp_path):
     assert load(["--url", server.url, "--out", str(tmp_path), *SHORT, *words]) == 0
     (cell,) = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert cell["hits_pictures"] > 0.4
+
+
+def distinct(count):
+    """Pictures that no cache knows."""
+    draw = np.random.default_rng(time.time_ns())
+    noise = draw.integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
+    return [Image.fromarray(one).resize((336, 336)) for one in noise]
+
+
+@contextmanager
+def decoding_beside(server):
+    """Another client's streams, one after the other, and the gaps between their tokens in s."""
+    gaps, under_way, stop = [], threading.Event(), threading.Event()
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": "What is in this picture?"}],
+        "max_tokens": 3000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+    def read():
+        while not stop.is_set():
+            url, last = f"{server.url}/v1/chat/completions", None
+            with httpx.stream("POST", url, json=body, timeout=120) as got:
+                for line in got.iter_lines():
+                    if line.startswith("data: {"):
+                        now = time.monotonic()
+                        if last is not None:
+                            gaps.append(now - last)
+                        last = now
+                        under_way.set()
+                    if stop.is_set():
+                        break
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert under_way.wait(60)
+        gaps.clear()
+        yield gaps
+        time.sleep(0.3)
+    finally:
+        stop.set()
+        reader.join()
+
+
+def longest_gap(server, requests, plan):
+    """Seconds that a client beside waited for its next token at worst."""
+
+    def ask(pictures):
+        return server.ask(pictures, extra_body={"hiprune": plan}, max_tokens=1)
+
+    with decoding_beside(server) as gaps, ThreadPoolExecutor(len(requests)) as pool:
+        for answer in pool.map(ask, requests):
+            kept = [image["tokens_kept"] for image in answer.model_extra["hiprune"]["images"]]
+            assert sum(kept) == sum(576 if plan == {} else 1 for _ in kept)
+    return max(gaps)
+
+
+def test_many_pictures_of_one_token_hold_up_others_no_longer_than_as_many_whole_ones(server):
+    """A request of 64 pictures was one step of the engine, and everybody waited for it.
+
+    A busy machine adds to a gap and takes nothing from it: the shortest of several is the engine's.
+    """
+    few, whole = [], []
+    for attempt in range(8):
+        few.append(longest_gap(server, [distinct(64)], {"tokens": 1}))
+        whole.append(longest_gap(server, [[one] for one in distinct(64)], {}))
+        if attempt >= 2 and min(few) <= 1.5 * min(whole):
+            break
+    assert min(few) <= 1.5 * min(whole), (few, whole)
 
 
 @needs_browser

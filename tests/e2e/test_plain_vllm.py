@@ -11,6 +11,7 @@ from tests.e2e.serving import running
 from tests.photos import photo
 
 CAT = photo("chelsea")
+OPTIONS = {"hiprune": {"tokens": 64}, "hiprune_limits": {"max_full_tokens": 1200}}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def server(tmp_path_factory, clip_checkpoint):
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(clip_checkpoint), "--served-model-name", "small"),
         *("--max-model-len", "2048", "--enforce-eager", "--trust-request-mm-kwargs"),
-        *("--mm-processor-kwargs", json.dumps({"hiprune": {"tokens": 64}})),
+        *("--mm-processor-kwargs", json.dumps(OPTIONS)),
     ]
     with running(command, tmp_path_factory.mktemp("plain")) as running_server:
         yield running_server
@@ -47,6 +48,12 @@ def test_a_bad_plan_is_a_400_and_the_next_request_works(server):
             prompt_tokens(server, plan)
         assert error.value.param == field
         prompt_tokens(server)
+
+
+def test_more_tokens_before_pruning_than_the_limit_are_a_400_that_names_it(server):
+    assert server.ask([CAT, CAT]).usage.prompt_tokens
+    with pytest.raises(BadRequestError, match=r"limits\.max_full_tokens\), got 1728 in 3 images"):
+        server.ask([CAT, CAT, CAT])
 
 
 def test_our_routes_are_not_there(server):

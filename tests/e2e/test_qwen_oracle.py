@@ -1,5 +1,7 @@
 """Qwen2.5-VL in the real engine: indices, 3-D positions, answers, videos, chunks of every size."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from tests.e2e.offline import (
     generate,
     in_new_process,
     one_by_one,
+    pixels_of_steps,
+    scheduler,
     spy_on_selection,
     worker_model,
 )
@@ -135,22 +139,21 @@ def run(path):
     ]
     results["after_errors"] = generate(llm, [ask([picture(cases[0][0])], cases[0][1])])[0]
 
-    # Many pictures of one token each: the scheduler would let them all into one forward.
-    model, patches = worker_model(llm), []
-    hook = model.visual.patch_embed.proj.register_forward_pre_hook(
-        lambda _, args: patches.append(len(args[0]))
-    )
-    many = ask([picture("square").rotate(i) for i in range(32)], {"tokens": 1})
+    # Many pictures of one token each, with room for three whole ones in a step, and one that is
+    # larger than a step's budget.
+    pictures = [picture("square").rotate(i) for i in range(32)]
+    for name, asked in (
+        ("many", [ask(pictures, {"tokens": 1})]),
+        ("whole", [ask([one], None) for one in pictures]),
+        ("large", [ask([picture("square"), picture("huge")], {"tokens": 1})]),
+    ):
+        forget(llm)
+        budget = patch.object(scheduler(llm), "max_num_encoder_input_tokens", 64 * 3)
+        with budget, pixels_of_steps(llm) as steps:
+            results[name] = generate(llm, asked)[0]
+        results[f"{name}_steps"] = list(steps)
     forget(llm)
-    results["many"] = generate(llm, [many])[0]
-    results["patches"], results["limit"] = list(patches), 4 * model._max_encoder_tokens
-    patches.clear()
-    forget(llm)
-    limit, model._max_encoder_tokens = model._max_encoder_tokens, 64 * 3
-    results["many_sliced"] = generate(llm, [many])[0]
-    results["patches_sliced"] = list(patches)
-    model._max_encoder_tokens = limit
-    hook.remove()
+    results["at_once"] = generate(llm, [ask(pictures, {"tokens": 1})])[0]
     return cases, results
 
 
@@ -253,12 +256,20 @@ def test_pictures_of_odd_sizes_are_served_or_refused_by_their_field(one_shot):
         assert full > kept
 
 
-def test_one_forward_never_holds_more_patches_than_an_unpruned_schedule(one_shot):
+def test_one_step_never_moves_more_pixels_to_the_device_than_an_unpruned_schedule(one_shot):
     _, results = one_shot
-    assert sum(results["patches"]) == sum(results["patches_sliced"]) == 32 * 256
-    assert max(results["patches"]) <= results["limit"]
-    assert max(results["patches_sliced"]) == 3 * 256
-    assert results["many"]["tokens"] == results["many_sliced"]["tokens"]
+    steps, whole = results["many_steps"], results["whole_steps"]
+    square = 256 * 3 * 2 * 14 * 14  # patches, each of two equal frames
+    assert sum(steps) == sum(whole) == 32 * square
+    assert max(steps) == max(whole) == 3 * square
+    assert results["many"]["tokens"] == results["at_once"]["tokens"]
+
+
+def test_a_picture_larger_than_a_steps_budget_has_a_step_of_its_own(one_shot):
+    steps = one_shot[1]["large_steps"]
+    assert len(steps) == 2
+    assert steps[0] == 256 * 3 * 2 * 14 * 14 < steps[1]
+    assert len(one_shot[1]["large"]["tokens"]) == 8
 
 
 def run_bf16(path):

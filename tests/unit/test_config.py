@@ -44,6 +44,7 @@ def test_flags_come_before_variables_before_the_file(file):
     variables = {
         "HIPRUNE_DEFAULT": '{"tokens": 200}',
         "HIPRUNE_LIMITS_MIN_TOKENS": "16",
+        "HIPRUNE_LIMITS_MAX_FULL_TOKENS": "9000",
     }
     config = load(flags, variables)
     told = {key: (found.value, found.source) for key, found in config.values.items()}
@@ -53,6 +54,7 @@ def test_flags_come_before_variables_before_the_file(file):
     assert told["presets.high"] == ({"ratio": 1.0}, "built in")
     assert config.limits.methods == ("hiprune", "random")
     assert config.limits.fixed == ("alpha",)
+    assert config.limits.max_full_tokens == 9000
     assert load({}, {"HIPRUNE_CONFIG": str(file)})["default"] == {"tokens": 100}
 
 
@@ -113,6 +115,7 @@ def test_a_wrong_file_is_told_with_its_key(text, message, tmp_path):
         ("HIPRUNE_DEFALT", "{}", "HIPRUNE_DEFALT is unknown; known are HIPRUNE_CONFIG,"),
         ("HIPRUNE_DEFAULT", "{", "HIPRUNE_DEFAULT must be JSON, got '{'"),
         ("HIPRUNE_LIMITS_MAX_TOKENS", "many", "must be an integer >= 1, got 'many'"),
+        ("HIPRUNE_LIMITS_MAX_FULL_TOKENS", "0", "must be an integer >= 1, got 0"),
         ("HIPRUNE_LIMITS_METHODS", "best", "must be a list of hiprune, attention"),
     ],
 )

@@ -259,3 +259,32 @@ def test_a_budget_is_its_owners():
     assert PruningPlan(alpha=0.5).over(preset).of_operator
     assert not PruningPlan(ratio=0.5).over(preset).of_operator
     assert PruningPlan(ratio=0.5).over(preset).tokens is None
+
+
+def test_what_a_requests_images_are_before_pruning_is_limited():
+    limits = Limits(max_full_tokens=2000)
+    limits.check_images([576] * 3)
+    limits.check_images([2000])
+    limits.check_images([])
+    with pytest.raises(PlanError) as error:
+        limits.check_images([576] * 4)
+    told = str(error.value)
+    assert "at most 2000 visual tokens" in told
+    assert "limits.max_full_tokens" in told
+    assert "got 2304 in 4 images" in told
+
+
+def test_the_limit_lets_through_what_people_ask_for():
+    usual = Limits()
+    usual.check_images([16384] * 64)  # the largest that Qwen2.5-VL takes
+    usual.check_images([2880] * 300)
+    usual.check_images([576] * 999)  # vLLM's own limit of pictures
+    with pytest.raises(PlanError):
+        usual.check_images([16384] * 65)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "9", None])
+@pytest.mark.parametrize("name", ["min_tokens", "max_tokens", "max_full_tokens"])
+def test_limits_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(PlanError, match=rf"hiprune_limits\.{name} must be an integer >= 1"):
+        Limits(**{name: value})

@@ -10,6 +10,9 @@ from typing import Any, Final, NamedTuple, cast
 from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES, ImageBudget, spread, tokens_kept
 
 MAX_TOKENS: Final = 2**31 - 1
+MAX_FULL_TOKENS: Final = 2**20
+"""Visual tokens that the images of a request may have before pruning, if the operator says nothing:
+64 of the largest that Qwen2.5-VL takes (16,384 each), 364 of LLaVA-NeXT's (2,880)."""
 DEFAULT_ALPHA: Final = 0.1  # section 4.1 of the paper
 FIELD: Final = "hiprune"
 LIMITS: Final = "hiprune_limits"
@@ -75,12 +78,31 @@ class Limits:
         min_tokens, max_tokens: visual tokens kept of one image; one that has fewer may keep all.
         methods: that may be chosen.
         fixed: knobs that may not be given at all.
+        max_full_tokens: visual tokens of all images of a request together, as they are before
+            pruning, whether or not they are pruned: what the vision encoder has to work on.
     """
 
     min_tokens: int = 1
     max_tokens: int = MAX_TOKENS
     methods: tuple[str, ...] = METHODS
     fixed: tuple[str, ...] = ()
+    max_full_tokens: int = MAX_FULL_TOKENS
+
+    def __post_init__(self) -> None:
+        for name in ("min_tokens", "max_tokens", "max_full_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PlanError(f"{LIMITS}.{name}", f"must be an integer >= 1, got {value!r}")
+
+    def check_images(self, full: Sequence[int]) -> None:
+        """Raises `PlanError` where a request's images, of `full` tokens each, are too many."""
+        if sum(full) > self.max_full_tokens:
+            raise PlanError(
+                "image_url",
+                f"must come to at most {self.max_full_tokens} visual tokens in all images of a "
+                f"request together, before pruning (limits.max_full_tokens), got {sum(full)} in "
+                f"{len(full)} images: send fewer or smaller ones",
+            )
 
     def check(self, plan: "PruningPlan", field: str = FIELD) -> None:
         """Raises `PlanError` where a wish is outside, as far as that shows without the image."""

@@ -68,10 +68,6 @@ class PrunedModel(torch.nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # What an unpruned schedule would hand to the tower at once: the scheduler charges an
-        # image by its pruned length and may send many more.
-        self._max_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
-
         self._kept_before: LRUCache[int, tuple[torch.Tensor, ...]] = LRUCache(REMEMBERED_IMAGES)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
@@ -129,9 +125,7 @@ class PrunedModel(torch.nn.Module):
         self, images: Sequence[Image], identities: Sequence[int], **kwargs: object
     ) -> list[Encoded]:
         parallel = get_tensor_model_parallel_world_size() > 1
-        encoded = self.family.embed(
-            self, images, sum_over_ranks if parallel else None, self._max_encoder_tokens, **kwargs
-        )
+        encoded = self.family.embed(self, images, sum_over_ranks if parallel else None, **kwargs)
         for identity, image in zip(identities, encoded, strict=True):
             if image.kept is not None:
                 self._kept_before[identity] = image.kept

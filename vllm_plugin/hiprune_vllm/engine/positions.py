@@ -9,7 +9,11 @@ import torch
 from vllm.sequence import IntermediateTensors
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from hiprune_vllm.engine.compat import carry_positions_with_embeddings, let_cpu_runner_ask
+from hiprune_vllm.engine.compat import (
+    carry_positions_with_embeddings,
+    leave_positions_of_text,
+    let_cpu_runner_ask,
+)
 from hiprune_vllm.engine.model import BUDGET_FIELD, PrunedModel, unpack_item
 from hiprune_vllm.pruning.positions import decode_positions, no_positions
 
@@ -40,6 +44,7 @@ class PrunedMRopeModel(PrunedModel):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         carry_positions_with_embeddings(vllm_config)
+        leave_positions_of_text()
         of_vllm = self.make_empty_intermediate_tensors
 
         def with_positions(
@@ -127,7 +132,10 @@ class PrunedMRopeModel(PrunedModel):
         mrope_positions: torch.Tensor,
         num_computed_tokens: int,
     ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-        """Called for every prefill chunk; takes the positions off the embeddings and writes them.
+        """Takes the positions off the embeddings of a prefill chunk and writes them.
+
+        vLLM's older runner calls it for every request in every step, decoding ones too, which have
+        no embeddings: the positions come back as they are.
 
         Args:
             input_ids: the whole prompt.
@@ -135,24 +143,30 @@ class PrunedMRopeModel(PrunedModel):
             mrope_positions: (3, tokens) of the whole prompt.
             num_computed_tokens: where the chunk begins.
         """
+        # No token has a later position than the last: it is text, behind everything else, or the
+        # last patch of an unpruned item, in its last row and column. Nothing below changes it.
+        if not multimodal_embeddings:
+            return [], mrope_positions, _delta(mrope_positions)
         width = self.visual.out_hidden_size
         embeddings = [item[:, :width] for item in multimodal_embeddings]
-        tokens = mrope_positions.shape[1]
+        encoded = torch.cat([item[:, width:] for item in multimodal_embeddings])
+        device = mrope_positions.device
         with gpu_sync_allowed():
-            if embeddings:
-                encoded = torch.cat([item[:, width:] for item in multimodal_embeddings])
-                device = mrope_positions.device
-                pruned, row, column = (x.to(device) for x in decode_positions(encoded))
-                ids = torch.as_tensor(input_ids, device=device)[num_computed_tokens:]
-                media = ids.eq(self.config.image_token_id) | ids.eq(self.config.video_token_id)
-                # The chunk's embeddings are those of the next media tokens, one by one.
-                where = media.nonzero().flatten()[: len(pruned)] + num_computed_tokens
-                where = where[pruned]
-                mrope_positions = mrope_positions.clone()
-                mrope_positions[1, where] = mrope_positions[0, where] + row[pruned]
-                mrope_positions[2, where] = mrope_positions[0, where] + column[pruned]
-            delta = int(mrope_positions.max()) + 1 - tokens
-        return embeddings, mrope_positions, delta
+            pruned, row, column = (x.to(device) for x in decode_positions(encoded))
+            ids = torch.as_tensor(input_ids, device=device)[num_computed_tokens:]
+            media = ids.eq(self.config.image_token_id) | ids.eq(self.config.video_token_id)
+            # The chunk's embeddings are those of the next media tokens, one by one.
+            where = media.nonzero().flatten()[: len(pruned)] + num_computed_tokens
+            where = where[pruned]
+            mrope_positions = mrope_positions.clone()
+            mrope_positions[1, where] = mrope_positions[0, where] + row[pruned]
+            mrope_positions[2, where] = mrope_positions[0, where] + column[pruned]
+            return embeddings, mrope_positions, _delta(mrope_positions)
+
+
+def _delta(positions: torch.Tensor) -> int:
+    """What decoding adds to its own count, by the positions, (3, tokens), of a whole prompt."""
+    return max(positions[:, -1].tolist()) + 1 - positions.shape[1]
 
 
 def _is_pruned(feature: Any) -> bool:

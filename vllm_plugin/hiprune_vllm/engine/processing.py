@@ -28,6 +28,7 @@ from hiprune_vllm.engine.identity import (
     with_budget,
 )
 from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
+from hiprune_vllm.engine.scheduling import with_size
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
     FIELD,
@@ -192,6 +193,8 @@ class PrunedProcessor(CachedProcessing):
             # The very object that `get_dummy_inputs` hands over: no request can bring it.
             measured = inputs.hf_processor_mm_kwargs.get(FIELD) is FULL
             limits = NO_LIMITS if measured else self.pruning.limits
+            if not measured:
+                limits.check_images([count.full for count in counts])
             budgets = resolve_all(plans, counts, encoder, limits)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
@@ -283,7 +286,10 @@ class PrunedProcessor(CachedProcessing):
             hf_processor_mm_kwargs={**plain.hf_processor_mm_kwargs, FIELD: tuple(items)},
             media_io_kwargs=plain.media_io_kwargs,
             cache=plain.cache,
-            hashes={**hashes, "image": [item.identity for item in items]},
+            hashes={
+                **hashes,
+                "image": [with_size(item.identity, item.budget.full) for item in items],
+            },
         )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:

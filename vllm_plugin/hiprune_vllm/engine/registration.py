@@ -13,8 +13,9 @@ def register_models() -> None:
     import vllm
     from vllm import ModelRegistry
 
-    from hiprune_vllm.engine.compat import check_version
+    from hiprune_vllm.engine.compat import charge_whole_images, check_version
 
     check_version(vllm.__version__)
     for architecture, path in CLASSES.items():
         ModelRegistry.register_model(architecture, path)
+    charge_whole_images(CLASSES)

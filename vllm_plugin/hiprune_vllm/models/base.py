@@ -143,7 +143,6 @@ class FamilyAdapter(Protocol):
         model: Any,
         images: Sequence[Image],
         sum_over_ranks: SumOverRanks | None,
-        max_tokens: int,
         **kwargs: object,
     ) -> list[Encoded]:
         """Encodes a batch of images and projects the kept tokens only.
@@ -152,8 +151,6 @@ class FamilyAdapter(Protocol):
             model: the vLLM model.
             images: in the order of the inputs.
             sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
-            max_tokens: unpruned visual tokens that one tower forward may hold, where one image
-                fits at all.
             kwargs: the model's own multimodal inputs of the batch.
 
         Returns:

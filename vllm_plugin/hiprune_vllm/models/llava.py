@@ -52,7 +52,6 @@ class LlavaAdapter:
         model: Any,
         images: Sequence[Image],
         sum_over_ranks: SumOverRanks | None,
-        max_tokens: int,
         **kwargs: object,
     ) -> list[Encoded]:
         pixels = model._parse_and_validate_image_input(**kwargs)["pixel_values"]
@@ -66,7 +65,7 @@ class LlavaAdapter:
             for i, image in enumerate(images)
         ]
         encoder = self.encoder(model.config)
-        kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks, max_tokens)
+        kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks)
         projected = model.multi_modal_projector(torch.cat(kept)).split([len(i) for i in indices])
         return [
             Encoded(embeddings, None if image.budget.is_full else (index,))

@@ -71,7 +71,6 @@ class LlavaNextAdapter:
         model: Any,
         images: Sequence[Image],
         sum_over_ranks: SumOverRanks | None,
-        max_tokens: int,
         **kwargs: object,
     ) -> list[Encoded]:
         inputs = model._parse_and_validate_image_input(**kwargs)
@@ -88,7 +87,7 @@ class LlavaNextAdapter:
                 tile = Tile(pixels[number], budget, region, next(known, None), number, image.trace)
                 tiles.append(tile)
         encoder = self.encoder(model.config)
-        kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks, max_tokens)
+        kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks)
         projected = model.multi_modal_projector(torch.cat(kept)).split([len(i) for i in indices])
         encoded, first = [], 0
         for numbers, size, image in zip(places, sizes, images, strict=True):

@@ -71,29 +71,11 @@ class Qwen25VLAdapter:
         model: Any,
         images: Sequence[Image],
         sum_over_ranks: SumOverRanks | None,
-        max_tokens: int,
         **kwargs: object,
     ) -> list[Encoded]:
         inputs = model._parse_and_validate_image_input(**kwargs)
         grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-        encoded: list[Encoded] = []
-        first_patch = 0
-        for some in _slices([image.budget.full for image in images], max_tokens):
-            patches = sum(t * h * w for t, h, w in grids[some])
-            pixels = inputs["pixel_values"][first_patch : first_patch + patches]
-            first_patch += patches
-            encoded += self._encode(model, pixels, grids[some], images[some], sum_over_ranks)
-        return encoded
-
-    def _encode(
-        self,
-        model: Any,
-        pixels: torch.Tensor,
-        grids: Sequence[Grid],
-        images: Sequence[Image],
-        sum_over_ranks: SumOverRanks | None,
-    ) -> list[Encoded]:
-        """One tower forward; only kept tokens pass the merger."""
+        pixels = inputs["pixel_values"]
         visual = model.visual
         encoder = self.encoder(model.config)
         recorder = ScoreRecorder(
@@ -240,15 +222,3 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
         spans.append((start, start + length))
         start += length
     return spans
-
-
-def _slices(sizes: Sequence[int], limit: int) -> Iterator[slice]:
-    """Runs of consecutive items of at most `limit` together, at least one item each."""
-    first, total = 0, 0
-    for i, size in enumerate(sizes):
-        if i > first and total + size > limit:
-            yield slice(first, i)
-            first, total = i, 0
-        total += size
-    if sizes:
-        yield slice(first, len(sizes))

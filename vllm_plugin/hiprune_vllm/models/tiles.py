@@ -98,7 +98,6 @@ def encode_tiles(
     encoder: Encoder,
     tiles: Sequence[Tile],
     sum_over_ranks: SumOverRanks | None,
-    max_tokens: int,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Runs the tower over tiles and selects in each of them.
 
@@ -107,7 +106,6 @@ def encode_tiles(
         encoder: its encoder.
         tiles: any number, also of several images.
         sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
-        max_tokens: visual tokens that one tower forward may hold, at least one tile's in effect.
 
     Returns:
         Kept features, (keep, tower width) a tile, and their indices in the tile, (keep,) a tile.
@@ -122,31 +120,21 @@ def encode_tiles(
         sum_over_ranks=sum_over_ranks,
     )
     short = chosen("PRUNING_LAST_BLOCK") == "kept" and len(blocks) == encoder.output_layer
-    step = max(1, max_tokens // columns**2)
-    kept: list[torch.Tensor] = []
+    new = {i: tile.budget for i, tile in enumerate(tiles) if tile.known is None}
+    traced = {
+        i: (tile.trace.layer, tile.trace.score)
+        for i, tile in enumerate(tiles)
+        if tile.trace is not None
+    }
+    pixels = torch.stack([tile.pixels for tile in tiles])
     indices: list[torch.Tensor] = []
-    for first in range(0, len(tiles), step):
-        some = tiles[first : first + step]
-        new = {i: tile.budget for i, tile in enumerate(some) if tile.known is None}
-        traced = {
-            i: (tile.trace.layer, tile.trace.score)
-            for i, tile in enumerate(some)
-            if tile.trace is not None
-        }
-        pixels = torch.stack([tile.pixels for tile in some])
-        of_tiles: list[torch.Tensor] = []
-        with recorder.recording(wanted_scores(new, encoder.output_layer, traced)) as scores:
-            select = partial(
-                _selected, some, new, scores, encoder, columns, pixels.device, of_tiles
-            )
-            with _kept_only(blocks[-1], select, columns**2, leading) if short else nullcontext():
-                features = model._image_pixels_to_features(model.vision_tower, pixels)
-        if short:
-            kept += features[0].split([len(index) for index in of_tiles])
-        else:
-            kept += [tile[index] for tile, index in zip(features, select(), strict=True)]
-        indices += of_tiles
-    return kept, indices
+    with recorder.recording(wanted_scores(new, encoder.output_layer, traced)) as scores:
+        select = partial(_selected, tiles, new, scores, encoder, columns, pixels.device, indices)
+        with _kept_only(blocks[-1], select, columns**2, leading) if short else nullcontext():
+            features = model._image_pixels_to_features(model.vision_tower, pixels)
+    if short:
+        return list(features[0].split([len(index) for index in indices])), indices
+    return [tile[index] for tile, index in zip(features, select(), strict=True)], indices
 
 
 def _kept_only(
