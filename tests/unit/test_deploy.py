@@ -187,6 +187,55 @@ def test_the_example_is_accepted_as_it_stands(tmp_path):
     load({}, environment)
 
 
+AS_JSON = ["--limit-mm-per-prompt", '{"image": 4}']
+
+
+def arguments(line, tmp_path):
+    """What Compose hands to `hiprune-serve --demo` for a line of .env, and what Compose says."""
+    (tmp_path / ".env").write_text(line + "\n")
+    flags = ("--env-file", tmp_path / ".env", "--profile", "cpu", "config", "--format", "json")
+    ran = run(BIN / "docker-compose", *flags)
+    command = json.loads(ran.stdout)["services"]["demo"]["command"] if ran.stdout else []
+    return command, ran.stderr
+
+
+def documented_form():
+    """The line that .env.example gives for a flag with JSON."""
+    (line,) = re.findall(r"(VLLM_ARGS=--limit-mm.*)", (ROOT / ".env.example").read_text())
+    return line
+
+
+def test_a_flag_with_json_reaches_the_server_in_the_documented_form(tmp_path):
+    from hiprune_server.cli import parse_own
+
+    command, _ = arguments(documented_form(), tmp_path)
+    assert command[-2:] == AS_JSON
+    assert documented_form() in (ROOT / "docs/deploy.md").read_text()
+    assert parse_own(command)[1][-2:] == AS_JSON
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        # Compose takes the outer quotes, and splits what is left as a shell would.
+        ("""VLLM_ARGS='--limit-mm-per-prompt {"image": 4}'""", "got {image: 4}, which has lost"),
+        ("""VLLM_ARGS=--limit-mm-per-prompt {"image":4}""", "got {image:4}, which has lost its"),
+        # Compose itself refuses it.
+        ("""VLLM_ARGS="--limit-mm-per-prompt {"image": 4}\"""", "unexpected character"),
+    ],
+)
+def test_another_quoting_of_json_is_a_clear_line(line, told, tmp_path, capsys):
+    from hiprune_server.cli import parse_own
+
+    command, error = arguments(line, tmp_path)
+    if command:
+        with pytest.raises(SystemExit):
+            parse_own(command)
+        error = capsys.readouterr().err
+        assert "--limit-mm-per-prompt must be JSON" in error
+    assert told in error
+
+
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="needs promtool, of Debian's package prometheus"
 )
