@@ -259,14 +259,13 @@ def test_alerts_do_not_depend_on_whether_a_range_has_its_first_moment(tmp_path):
     The installed promtool may be either: under 3 this is the same test as the one above.
     """
     shutil.copytree(PROMETHEUS, tmp_path, dirs_exist_ok=True)
-    shortened = 0
+    seconds, shortened = {"s": 1, "m": 60, "h": 3600, "d": 86400}, 0
+
+    def shorter(found):
+        return f"[{1000 * int(found[1]) * seconds[found[2]] - 1}ms]"
+
     for path in tmp_path.glob("*.rules.yaml"):
-        seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-        text, count = re.subn(
-            r"\[(\d+)([smhd])\]",
-            lambda found: f"[{1000 * int(found[1]) * seconds[found[2]] - 1}ms]",
-            path.read_text(),
-        )
+        text, count = re.subn(r"\[(\d+)([smhd])\]", shorter, path.read_text())
         path.write_text(text)
         shortened += count
     assert shortened == len(re.findall(r"\[\d", "".join(p.read_text() for p in rule_files())))
