@@ -1,9 +1,11 @@
 """Refusals at start-up, through vLLM's own configuration: a ValueError would be swallowed there."""
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
-from tests.reference import random_llava
+from tests.reference import checkpoints, random_llava
 
 
 def load(folder, **options):
@@ -26,3 +28,30 @@ def test_an_encoder_without_a_layer_for_anchors_does_not_start(tmp_path):
     random_llava.build(tmp_path, vision={"num_hidden_layers": 2})
     with pytest.raises(RuntimeError, match="more layers"):
         load(tmp_path)
+
+
+def processor(folder, **options):
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    args = EngineArgs(model=str(folder), dtype="float32", max_model_len=1024, **options)
+    config = args.create_engine_config()
+    return MULTIMODAL_REGISTRY.create_processor(config.model_config)
+
+
+def test_a_picture_whose_embeddings_are_elsewhere_is_refused_where_only_its_grid_comes(tmp_path):
+    """A consumer of encoder outputs: the grid of a pruned picture is not the prompt's length."""
+    checkpoints.build_qwen2_5_vl(tmp_path)
+    sharing = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
+    consumer = processor(tmp_path, ec_transfer_config=sharing)
+    assert consumer.info.allow_missing_mm_embeddings
+    prompt = "<|vision_start|><|image_pad|><|vision_end|>What?"
+
+    def lengths(**image):
+        items = consumer.info.parse_mm_data({"image": image})
+        result = consumer(prompt, items)
+        return [place.length for place in result["mm_placeholders"]["image"]]
+
+    grid = torch.tensor([[1, 8, 8]])
+    assert lengths(image_grid_thw=grid, image_embeds=torch.zeros(16, 64)) == [16]
+    with pytest.raises(VLLMValidationError, match=r"image 0 must come with image_embeds or as the"):
+        lengths(image_grid_thw=grid)

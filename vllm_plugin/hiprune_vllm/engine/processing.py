@@ -22,6 +22,7 @@ from vllm.multimodal.processing import (
 )
 
 from hiprune_vllm.engine import explain
+from hiprune_vllm.engine.embeddings import refuse_without_tensors
 from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
@@ -173,6 +174,8 @@ class PrunedProcessor(BaseMultiModalProcessor):
                     "already; send the image itself",
                     parameter=FIELD,
                 )
+            if self.pruning.encoder is not None:
+                refuse_without_tensors(images, self.info.data_parser)
             images = []
         encoder = self.pruning.encoder
         plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
