@@ -148,8 +148,8 @@ def four_pictures_at_most(server: Server) -> None:
 
 
 SMALL_STEPS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "16")
-# 48 blocks of 32 tokens: one long request and a little more.
-SMALL_CACHE = ("--max-model-len", "1408", "--block-size", "32", "--num-gpu-blocks-override", "48")
+# 77 blocks of 16 tokens (one is vLLM's own): two pictures in full, and no room for both answers.
+SMALL_CACHE = ("--max-model-len", "1216", "--block-size", "16", "--num-gpu-blocks-override", "78")
 LIMITS = ("--limit-mm-per-prompt", '{"image": 4}', "--root-path", "/models")
 
 Check = Callable[[Server], None]
@@ -214,6 +214,22 @@ def test_an_encoder_of_its_own_hands_over_kept_tokens_and_their_positions(
         new = ([photo("coins").resize((224, 224))], 32, "hiprune")
         assert told(ask(server, new))[0][0]["tokens_kept"] == 32
         assert server.total("hiprune_selection_seconds_count") == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [DEMO, QWEN])
+def test_kv_blocks_from_a_connector_answer_as_computed_ones(start, families, plain, tmp_path, name):
+    """vLLM's example, files in a folder; it stores prompts that are computed in one step."""
+    config = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    flags = ("--kv-transfer-config", json.dumps(config), "--no-enable-prefix-caching")
+    with start(name, *flags, "--max-num-batched-tokens", "16384", "--block-size", "32") as server:
+        for _ in range(2):  # stored, then read
+            assert ask_all(server, families[name]) == plain(name)
+        assert server.total("vllm:external_prefix_cache_hits_total") > 0
 
 
 @pytest.mark.long
