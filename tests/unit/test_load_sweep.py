@@ -320,7 +320,7 @@ def test_a_folder_that_takes_no_report_is_named_before_the_first_cell(tmp_path, 
 @pytest.mark.skipif(not routing.NGINX, reason="needs nginx (Debian's nginx-light)")
 @pytest.mark.parametrize("buffering", [True, False])
 def test_a_proxy_that_holds_streams_back_is_named(tmp_path, capsys, buffering):
-    """nginx buffers by default; what streams need is another setting."""
+    """nginx as it comes, before a server that sends no chunks, and as streams need it."""
     with (
         serving(Mock(steady())) as mock,
         routing.proxy(mock.url, tmp_path, buffering=buffering) as url,
