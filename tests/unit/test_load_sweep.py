@@ -331,10 +331,10 @@ def test_a_proxy_that_holds_streams_back_is_named(tmp_path, capsys, buffering):
     assert cell["failed"] == 0
     assert cell["held_back"] is buffering
     whole = FIRST + BETWEEN * (TOKENS - 1)
-    assert (cell["ttft_p50"] >= whole - 0.005) is buffering
+    assert cell["ttft_p50"] >= (whole if buffering else FIRST) - 0.005
     assert ("a proxy holds streams back" in capsys.readouterr().err) is buffering
     page = (tmp_path / "out" / "report.html").read_text()
-    assert ("times to the first token and between tokens are the proxy's" in page) is buffering
+    assert ("answers arrived in one piece" in page) is buffering
 
 
 def test_an_interrupted_sweep_leaves_a_report_and_no_processes(tmp_path):
