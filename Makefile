@@ -14,7 +14,7 @@ IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 	--no-emit-index-url --no-header --constraints requirements/cpu.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
+.PHONY: help venv serve test test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
 	load load-ui lmms-env demo-model contract lint lock check-deploy docs-check gpu-check \
 	release-check sbom sbom-image wheel clean
 
@@ -38,6 +38,9 @@ serve: venv ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
 
 test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to pytest)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-long: venv ## every set of flags, where `make test` has a sample (half an hour)
+	$(BIN)/python -m pytest -m long --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-unit: venv ## the tests that need no engine (seconds)
 	$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -132,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
+        if self.in_chunks:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         tokens = min(answer.tokens, body["max_tokens"])
         first: dict[str, Any] = {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
@@ -174,6 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
     def event(self, content: dict[str, Any]) -> None:
         self.line(b"data: " + json.dumps(content).encode() + b"\n\n")
 
+    @property
+    def in_chunks(self) -> bool:
+        """HTTP/1.0, which nginx speaks to servers unless told otherwise, knows no chunks."""
+        return self.request_version != "HTTP/1.0"
+
     def line(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        chunk = f"{len(data):x}\r\n".encode() + data + b"\r\n"
+        self.wfile.write(chunk if self.in_chunks else data)
         self.wfile.flush()

@@ -98,6 +98,26 @@ def gate(router_url: str, folder: Path, path: str = READY) -> Iterator[httpx.Cli
         server = server.replace(before, after)
     _, _, flags = manifest()[0]["args"]
     flags = flags.replace("modules/ngx_http_js_module.so", str(NJS))
+    with _nginx(server, folder, port, path, flags) as client:
+        yield client
+
+
+@contextmanager
+def proxy(url: str, folder: Path, *, buffering: bool) -> Iterator[str]:
+    """URL of an nginx before a server: with its own defaults, or as streams need it."""
+    port = free_port()
+    streams = "" if buffering else "proxy_http_version 1.1; proxy_buffering off;"
+    server = (
+        f"server {{ listen 127.0.0.1:{port}; client_max_body_size 64m; "
+        f"location / {{ proxy_pass {url}; {streams} }} }}"
+    )
+    with _nginx(server, folder, port, "/v1/models", "daemon off;"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def _nginx(server: str, folder: Path, port: int, path: str, flags: str) -> Iterator[httpx.Client]:
+    """nginx with this `server` block, once it answers `path`."""
     paths = " ".join(
         f"{kind}_temp_path {folder}/{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

@@ -194,6 +194,11 @@ def _verdict(
             + _prefill(row)
             + (f"  {row['failed']} failed" if row["failed"] else "")
             + (f"  !! {row['bottleneck']}" if row["bottleneck"] else "")
+            + (
+                "  !! a proxy holds streams back: no time to first token"
+                if row["held_back"]
+                else ""
+            )
             + ("  !! the machine was busy with other work" if row["crowded"] else "")
         )
     say(f"wrote {given.out / 'report.html'}")

@@ -108,6 +108,12 @@ def _warnings(rows: Sequence[Mapping[str, Any]], cache_hits: bool) -> str:
             lines.append(
                 f"{name(row)}: the load generator may be what was measured: {row['bottleneck']}."
             )
+        if row["held_back"]:
+            lines.append(
+                f"{name(row)}: answers arrived in one piece although their tokens were generated "
+                "one by one: a proxy holds streams back (nginx's proxy_buffering), and times to "
+                "the first token and between tokens are the proxy's, not the server's."
+            )
         if row["crowded"]:
             lines.append(
                 f"{name(row)}: the load generator's machine had {row['machine_load']:.1f} threads "

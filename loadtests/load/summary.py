@@ -35,6 +35,12 @@ LATE_S = 0.01
 PATIENCE = 3.0
 """How many times as long as the slowest request that was answered one may wait before it counts as
 not answered."""
+FEW = 3
+"""Times between tokens from which an answer shows how it arrives."""
+AT_ONCE = 0.1
+"""Share of the decode time that an answer's tokens arrive in at most where something holds it."""
+TOO_FAST_S = 2e-4
+"""Between tokens: no model generates so fast, so where nobody tells the decode time this does."""
 CROWDED = 3.0
 """Load average for each core from which other work must be in the way: engine, API server and load
 generator together keep about three threads busy."""
@@ -135,12 +141,34 @@ def row(runs: Sequence[Run], limits: Mapping[str, float], made: int) -> dict[str
     line["samples"] = [
         samples([r for r in run.records if r.outcome == OK], run.begin) for run in runs
     ]
+    line["held_back"] = held_back(good, line["engine_decode"])
     line |= health(runs, line["ttft_p50"], made)
     troubles = [run.trouble for run in runs if run.trouble]
     line["trouble"] = "; ".join(
         filter(None, [*dict.fromkeys(troubles), line.pop("engine_trouble")])
     )
     return line
+
+
+def held_back(records: Sequence[Record], engine_decode: float | None) -> bool:
+    """Whether answers arrive in one piece, as from a proxy that buffers them.
+
+    The time to the first token is then the time to the last one.
+
+    Args:
+        engine_decode: the engine's mean from first to last token, for records that do not tell
+            theirs.
+    """
+    spans = [
+        (
+            sum(record.gaps),
+            record.decode or engine_decode or TOO_FAST_S * len(record.gaps) / AT_ONCE,
+        )
+        for record in records
+        if len(record.gaps) >= FEW
+    ]
+    shares = [seen / decode for seen, decode in spans]
+    return bool(shares) and float(np.median(shares)) < AT_ONCE
 
 
 def waiting(run: Run) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -157,6 +158,8 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
         "--hiprune-preset", action="append", default=[], metavar="DETAIL=JSON",
         help='the same as --hiprune-preset-low and the like, e.g. low=\'{"ratio": 0.111}\'',
     )  # fmt: skip
+    if lost := lost_quotes(argv):
+        parser.error(lost)
     own, rest = parser.parse_known_args(argv)
     unknown = [flag for flag in rest if flag.startswith("--hiprune")]
     if unknown:
@@ -194,6 +197,30 @@ def names_given(flags: Sequence[str]) -> set[str]:
             found = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
             names |= set(found) if isinstance(found, dict) else set()
     return {str(name).replace("_", "-") for name in names}
+
+
+_UNQUOTED = re.compile(r"(?:[\w.-]+=)*\{\s*\w[\w.-]*\s*:")
+"""A JSON object's beginning whose quotes a shell has taken; nothing else begins like that."""
+
+
+def lost_quotes(flags: Sequence[str]) -> str:
+    """Which flag's JSON has lost its quotes on the way here, as one line; empty where none has.
+
+    A value that Compose, a unit file or a shell has taken apart would be misread: its pieces after
+    the first blank are arguments of their own.
+    """
+    for i, text in enumerate(flags):
+        name, assigned, value = text.partition("=") if text.startswith("--") else ("", "", text)
+        if not _UNQUOTED.match(value):
+            continue
+        name = name if assigned else flags[i - 1] if i else "an argument"
+        rest = next((n for n in range(i, len(flags)) if flags[n].endswith("}")), i)
+        got = " ".join((value, *flags[i + 1 : rest + 1]))
+        return (
+            f"{name} must be JSON, got {got}, which has lost its quotes to a shell or to Compose: "
+            f"put '...' around it, as in {name} '{{\"key\": 1}}'"
+        )
+    return ""
 
 
 def read_key(environment: MutableMapping[str, str], *, flag_given: bool) -> None:

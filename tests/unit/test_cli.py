@@ -34,6 +34,13 @@ def test_other_flags_are_vllms_untouched():
         (["m", "--hiprune-preset", "medium={}"], "takes low=JSON, high=JSON, original=JSON,"),
         (["m", "--hiprune-preset", "low={}", "--hiprune-preset-low", "{}"], "once each"),
         (["m", "--hiprune-config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
+        (
+            ["m", "--limit-mm-per-prompt", "{image:", "4,", "video:", "0}", "--port", "81"],
+            "--limit-mm-per-prompt must be JSON, got {image: 4, video: 0}, which has lost",
+        ),
+        (["m", "--limit-mm-per-prompt={image:4}"], "--limit-mm-per-prompt must be JSON, got {ima"),
+        (["--demo", "--hiprune-default", "{tokens:", "64}"], "--hiprune-default must be JSON, got"),
+        (["m", "--hiprune-preset", "low={tokens:64}"], "--hiprune-preset must be JSON, got low={t"),
         (["m", "--hiprune-defaults", "{}"], "unknown flag --hiprune-defaults"),
     ],
 )
@@ -42,6 +49,15 @@ def test_a_wrong_command_line_is_explained(argv, message, capsys):
         cli.parse_own(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['{"image": 4}', "{}", '{ "a": {"b": 1}}', "{{ messages }}", "{% for m in messages %}", "a:b"],
+)
+def test_json_and_templates_on_the_command_line_are_left_alone(value):
+    argv = ["m", "--some-flag", value, f"--some-flag={value}"]
+    assert cli.parse_own(argv)[1] == argv
 
 
 @pytest.fixture(autouse=True)

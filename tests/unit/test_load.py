@@ -293,6 +293,23 @@ def test_a_machine_that_is_busy_with_other_work_is_named():
     assert not crowded(2.0)
 
 
+def test_answers_that_arrive_in_one_piece_are_told_from_fast_ones():
+    def held_back(gaps, decode=None, engine_decode=None, times=5):
+        records = [record(1, gaps=list(gaps), decode=decode) for _ in range(times)]
+        return summary.held_back(records, engine_decode)
+
+    at_once, one_by_one = [0.0, 1e-5, 2e-5, 0.0], [0.02, 0.03, 0.02, 0.02]
+    assert held_back(at_once, decode=0.1)
+    assert held_back(at_once, engine_decode=0.1)
+    assert held_back(at_once)  # nobody tells how long it took, but nothing is so fast
+    assert not held_back(one_by_one, decode=0.09)
+    assert not held_back(one_by_one)
+    assert not held_back([0.001] * 4, decode=0.004)  # a fast server
+    assert not held_back([0.0, 0.05, 0.0, 0.05], decode=0.1)  # two tokens an event
+    assert not held_back([0.0, 0.0], decode=0.1)  # too short to tell
+    assert not summary.held_back([], None)
+
+
 # The engine's view
 
 TEXT = """

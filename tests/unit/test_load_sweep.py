@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from loadtests.load import __main__ as load
+from tests import routing
 from tests.mock_openai import FULL, Answer, Mock, serving
 
 ROOT = Path(__file__).parents[2]
@@ -314,6 +315,26 @@ def test_a_folder_that_takes_no_report_is_named_before_the_first_cell(tmp_path, 
         assert load.main(["--url", mock.url, "--out", str(file / "report"), *SHORT]) == 2
     told = capsys.readouterr().err
     assert f"user {os.getuid()} can write to, got {file / 'report'}: Not a directory" in told
+
+
+@pytest.mark.skipif(not routing.NGINX, reason="needs nginx (Debian's nginx-light)")
+@pytest.mark.parametrize("buffering", [True, False])
+def test_a_proxy_that_holds_streams_back_is_named(tmp_path, capsys, buffering):
+    """nginx as it comes, before a server that sends no chunks, and as streams need it."""
+    with (
+        serving(Mock(steady())) as mock,
+        routing.proxy(mock.url, tmp_path, buffering=buffering) as url,
+    ):
+        words = ("--url", url, "--out", str(tmp_path / "out"), "--budgets", "64")
+        assert load.main([*words, *SHORT, "--concurrency", "2"]) == 0
+    (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert cell["failed"] == 0
+    assert cell["held_back"] is buffering
+    whole = FIRST + BETWEEN * (TOKENS - 1)
+    assert cell["ttft_p50"] >= (whole if buffering else FIRST) - 0.005
+    assert ("a proxy holds streams back" in capsys.readouterr().err) is buffering
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("answers arrived in one piece" in page) is buffering
 
 
 def test_an_interrupted_sweep_leaves_a_report_and_no_processes(tmp_path):

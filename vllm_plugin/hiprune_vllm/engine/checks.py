@@ -47,6 +47,28 @@ def _refuse(field: str, index: int, told: str) -> None:
     raise VLLMValidationError(f"{field} of item {index} {told}", parameter=field)
 
 
+def refuse_without_tensors(images: Any, parser: Any) -> None:
+    """Refuses images that are to come by an encoder connector, named by their grid alone.
+
+    How many of its tokens the other server kept is not in the grid: the prompt would not fit.
+
+    Args:
+        images: embeddings as vLLM's parser made them.
+        parser: that parser.
+    """
+    if not isinstance(images, DictEmbeddingItems):
+        return
+    _, elsewhere = parser.embedding_field_sets("image")
+    for index in range(len(images)):
+        missing = elsewhere - images.get(index).keys()
+        if missing:
+            raise VLLMValidationError(
+                f"image {index} must come with {', '.join(sorted(missing))} or as the picture "
+                "itself: its grid does not tell how many of its tokens another server kept",
+                parameter="image_embeds",
+            )
+
+
 def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[Any]]]) -> None:
     """Refuses a prompt that does not have one placeholder for each picture (or video).
 

@@ -19,7 +19,7 @@ from vllm.multimodal.processing import (
 )
 
 from hiprune_vllm.engine import explain
-from hiprune_vllm.engine.checks import check_embeddings, check_places
+from hiprune_vllm.engine.checks import check_embeddings, check_places, refuse_without_tensors
 from hiprune_vllm.engine.identity import (
     CachedProcessing,
     KnownImages,
@@ -177,6 +177,8 @@ class PrunedProcessor(CachedProcessing):
                     "already; send the image itself",
                     parameter=FIELD,
                 )
+            if self.pruning.encoder is not None:
+                refuse_without_tensors(images, self.info.data_parser)
             images = []
         encoder = self.pruning.encoder
         plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
