@@ -11,7 +11,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRespo
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 
 from hiprune_server import metrics
 from hiprune_server.rendering import (
@@ -163,6 +164,12 @@ class PrunedMessagesResponse(AnthropicMessagesResponse):
 
 class PrunedMessages(PrunedChat, AnthropicServingMessages):
     """`/v1/messages` and `/v1/messages/count_tokens`: vLLM makes a chat request of each."""
+
+    async def create_messages(self, request: Any, raw_request: Any = None) -> Any:
+        try:
+            return await super().create_messages(request, raw_request)
+        except GracefulHTTPError as error:  # a full queue: the route would log a traceback of each
+            return create_error_response(error)
 
     @classmethod
     def to_chat_completion_request(cls, request: Any, **kwargs: Any) -> Any:

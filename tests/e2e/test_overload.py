@@ -100,6 +100,7 @@ def test_what_does_not_fit_is_refused_and_the_others_are_answered(server, path, 
     assert not [one.text for one in accepted if broken.search(one.text)]
     counted = server.total("hiprune_rejected_requests_total", reason="overload") - refused_before
     assert counted == len(refused)
+    assert "Traceback" not in server.log.read_text()
     assert post(server, path, long(path)).status_code == 200
 
 
