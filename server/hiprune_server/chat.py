@@ -1,7 +1,7 @@
 """Answers that say what was kept: vLLM's own handlers of three APIs, with a plan and a report."""
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -71,6 +71,20 @@ def blamed_on_the_grammar(request: Any) -> Iterator[None]:
         raise
 
 
+def spoken(conversation: Sequence[Any]) -> list[Any]:
+    """A conversation whose last message is text alone, which vLLM needs where it is echoed.
+
+    It joins the texts of all its parts, as if there were no other kinds, and puts the list of them
+    into a stream where text belongs.
+    """
+    *before, last = conversation or [{}]
+    content = last.get("content")
+    if not isinstance(content, list):
+        return list(conversation)
+    texts = [part["text"] for part in content if isinstance(part, dict) and "text" in part]
+    return [*before, {**last, "content": "\n".join(texts)}]
+
+
 class PrunedChat(OpenAIServingChat):
     """`/v1/chat/completions`."""
 
@@ -79,22 +93,38 @@ class PrunedChat(OpenAIServingChat):
             return super()._get_message_types(request)
 
     async def chat_completion_full_generator(
-        self, request: Any, outputs: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        outputs: Any,
+        request_id: str,
+        model_name: str,
+        conversation: list[Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         outputs, images = answered(outputs)
         with blamed_on_the_grammar(request):
             response = await super().chat_completion_full_generator(
-                request, outputs, *args, **kwargs
+                request, outputs, request_id, model_name, spoken(conversation), *args, **kwargs
             )
         if isinstance(response, ChatCompletionResponse) and images is not None:
             setattr(response, FIELD, {"images": images})
         return response
 
     def chat_completion_stream_generator(
-        self, request: Any, outputs: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        outputs: Any,
+        request_id: str,
+        model_name: str,
+        conversation: list[Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
         outputs, images = answered(outputs)
-        chunks = super().chat_completion_stream_generator(request, outputs, *args, **kwargs)
+        chunks = super().chat_completion_stream_generator(
+            request, outputs, request_id, model_name, spoken(conversation), *args, **kwargs
+        )
         return chunks if images is None else _on_first(chunks, images, within=None)
 
 

@@ -1,30 +1,20 @@
 """What stands before every route: a server that stops, its key, bodies, budgets nobody reads."""
 
-import json
+import re
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hiprune_server.auth import METRICS, Keys
 from hiprune_server.bodies import Bodies, BodyLimits, ClientGone, content_length, header
-from hiprune_server.metrics import REJECTED, ROUTE
+from hiprune_server.metrics import OTHER, REJECTED, ROUTE
 from hiprune_server.overload import ENTRY, Entry
+from hiprune_server.places import READ, fault
 from hiprune_server.refusals import RETRY_AFTER_S, Refusal, route_of
-from hiprune_server.wishes import places
-from hiprune_vllm.plan import FIELD
 
-CARRIES: Final = (
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/hiprune/explain",
-)
-"""Routes that read budgets."""
 STOPPING: Final = "hiprune_stopping"
 """In the application's state: an event that is set once the server is told to stop."""
-_MARKS: Final = (f'"{FIELD}"'.encode(), b"\\u00")
-"""Without one of these a body has no `hiprune` key: the second begins a letter's escape."""
+_BEGINS_AS_JSON: Final = re.compile(rb"(\xef\xbb\xbf)?\s*[\[{]")
 
 
 class Guard:
@@ -38,7 +28,7 @@ class Guard:
     3. The router says 404 or 405; the body of such a request is never read.
     4. A body is read when its route asks for it, within the limits of `Bodies`.
     5. A `hiprune` field where nothing will read it is a 400: nothing that a client asks for is
-       ignored. The body is parsed for that only where the word is in it.
+       ignored. So is text that is none (see `places.fault`).
 
     Args:
         keys: what the server asks for.
@@ -100,9 +90,9 @@ class _Request:
         try:
             body = await self._bodies.read(self._scope, self._receive)
             self.held = len(body)
-            if _is_json(self._scope):
+            if _is_json(self._scope, body):
                 self._bodies.check_shape(body)
-                _refuse_unread_budgets(route_of(self._scope), body)
+                _refuse_faults(route_of(self._scope), body)
         except ClientGone:
             return {"type": "http.disconnect"}
         except Refusal as refusal:
@@ -139,22 +129,10 @@ async def _answer(refusal: Refusal, scope: Scope, receive: Receive, send: Send) 
     await refusal.send(scope, receive, send)
 
 
-def _refuse_unread_budgets(route: str, body: bytes) -> None:
-    field = find(body) if route not in CARRIES else None
-    if field is not None:
-        told = f"{field} cannot be served on {route}: send it to {CARRIES[0]}, or leave it out "
-        raise Refusal(400, told + "and the server's default applies", field, reason=ROUTE)
-
-
-def find(body: bytes) -> str | None:
-    """Where in a request a budget stands; None where there is none or it is no JSON."""
-    if not any(mark in body for mark in _MARKS):
-        return None
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return None  # the route says what is wrong
-    return next(places(found), None)
+def _refuse_faults(route: str, body: bytes) -> None:
+    wrong = fault(route, body)
+    if wrong is not None:
+        raise Refusal(400, str(wrong), wrong.field, reason=OTHER if route in READ else ROUTE)
 
 
 def _is_stopping(scope: Scope) -> bool:
@@ -162,6 +140,8 @@ def _is_stopping(scope: Scope) -> bool:
     return stopping is not None and stopping.is_set()
 
 
-def _is_json(scope: Scope) -> bool:
+def _is_json(scope: Scope, body: bytes) -> bool:
+    """Whether a body is JSON, or at least begins as if it were, whatever it was declared as."""
     kind = header(scope, b"content-type").lower()
-    return not kind or b"json" in kind  # FastAPI reads what has no type as JSON, too
+    # FastAPI reads what has no type as JSON, too.
+    return not kind or b"json" in kind or _BEGINS_AS_JSON.match(body) is not None

@@ -200,6 +200,18 @@ class GuardedConnector(MediaConnector):
         except Exception as error:
             raise _told(kind, url, media_io, error) from error
 
+    async def fetch_image_embedding_async(self, data: str) -> Any:
+        try:
+            return await super().fetch_image_embedding_async(data)
+        except Exception as error:
+            if isinstance(error, VLLMValidationError):
+                raise
+            raise VLLMValidationError(
+                "image_embeds must be a tensor as torch.save writes it, or an array as numpy.save "
+                "does, in base64: this is none",
+                parameter="image_embeds",
+            ) from error
+
     def _kind(self, url: str, media_io: Any) -> str:
         """The URL's scheme, where it may be read."""
         kind = url.partition(":")[0].lower()

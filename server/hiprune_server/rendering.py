@@ -1,23 +1,37 @@
 """Where every route's messages become a prompt: here a request's wishes meet the processor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMServerError, VLLMValidationError
+from vllm.logger import init_logger
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from hiprune_server import metrics
 from hiprune_server.resending import AGAIN
-from hiprune_server.wishes import ImageWish, Presets, Pruning, Wishes, take_image_wishes
-from hiprune_vllm.plan import FIELD, PlanError, PruningPlan
+from hiprune_server.shape import check_messages, tensors_in
+from hiprune_server.templates import check_order, left_out
+from hiprune_server.wishes import (
+    ImageWish,
+    Presets,
+    Pruning,
+    Wishes,
+    check_arrived,
+    take_image_wishes,
+)
+from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, PruningPlan
+
+logger = init_logger(__name__)
 
 Images = list[dict[str, Any]]
 
 images_kept: ContextVar[Images | None] = ContextVar("hiprune_images", default=None)
 """What the request at hand reports about its images; None where it has none and asked nothing."""
+pictures_sent: ContextVar[Mapping[str, str] | None] = ContextVar("hiprune_pictures", default=None)
+"""Marks and paths of the pictures in the request at hand, on routes that `wishes.tag` is for."""
 
 
 def refused(error: PlanError) -> VLLMValidationError:
@@ -41,10 +55,10 @@ STUMBLES: Final = (
 
 @contextmanager
 def blamed_on_the_request(field: str) -> Iterator[None]:
-    """Makes a 400 of what vLLM stumbles over while it reads a request's messages.
+    """Makes a 400 of what vLLM stumbles over while it turns a request into chat messages.
 
     It looks into them before it has checked all of their shape; nothing but the request itself
-    is at hand there.
+    is at hand there. What goes wrong later has names of its own, see `named`.
     """
     try:
         yield
@@ -52,6 +66,32 @@ def blamed_on_the_request(field: str) -> Iterator[None]:
         raise VLLMValidationError(
             f"{field} must be messages as the API has them, these cannot be read", parameter=field
         ) from error
+
+
+class ServerTrouble(VLLMServerError):
+    """Something went wrong that is not known to be the request's fault: HTTP 500."""
+
+
+@contextmanager
+def named(messages: Sequence[Any]) -> Iterator[None]:
+    """Lets refusals pass and makes all else the server's trouble, which is logged.
+
+    vLLM's handlers take some errors of Python's, such as TypeError, for the client's fault. Tensors
+    are the exception: vLLM looks at those that a client sends no further than it stumbles.
+    """
+    try:
+        yield
+    except (VLLMError, ValueError, NotImplementedError):
+        raise
+    except Exception as error:
+        tensors = tensors_in(messages)
+        if tensors is not None:
+            raise VLLMValidationError(
+                f"{tensors} must be such as this model takes, these cannot be read",
+                parameter=tensors,
+            ) from error
+        logger.exception("A request could not be rendered.")
+        raise ServerTrouble("Internal server error") from error
 
 
 class PrunedRenderer(OnlineRenderer):
@@ -100,17 +140,22 @@ class PrunedRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self._trust_request,
         )
         try:
-            plain, of_images = take_image_wishes(messages, self._pruning, self._presets)
+            plain, of_images, arrived = take_image_wishes(messages, self._pruning, self._presets)
+            check_arrived(pictures_sent.get() or {}, arrived)
             wishes, options = self._wishes(request, given or {}, of_images)
         except PlanError as error:
             raise refused(error) from error
+        field = "input" if hasattr(request, "input") else "messages"
+        check_messages(plain, field)
+        check_order(plain, field)
         preprocess = super().preprocess_chat
 
         async def rendered(**changes: Any) -> Any:
             try:
                 # The request itself and no copy: vLLM's parsers change it while it is rendered.
                 request.mm_processor_kwargs = options or None
-                return await preprocess(request, plain, *args, **kwargs | changes)
+                with named(plain):
+                    return await preprocess(request, plain, *args, **kwargs | changes)
             finally:
                 request.mm_processor_kwargs = given
 
@@ -121,8 +166,11 @@ class PrunedRenderer(OnlineRenderer):
         try:
             result = await rendered()
         except VLLMValidationError as error:
-            if isinstance(error.__cause__, PlanError):  # known only once the pictures are
-                metrics.count_rejected(error.__cause__)
+            cause = error.__cause__
+            if isinstance(cause, PicturesLeftOut):
+                raise await left_out(self, request, plain, cause) from error
+            if isinstance(cause, PlanError):  # known only once the pictures are
+                metrics.count_rejected(cause)
             raise
         for inputs in result[1]:
             inputs[AGAIN] = again

@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
 from hiprune_server.details import settled
-from hiprune_server.rendering import STUMBLES, refused
+from hiprune_server.rendering import STUMBLES, pictures_sent, refused
 from hiprune_server.wishes import tag
 from hiprune_vllm.plan import PlanError
 
@@ -145,24 +145,29 @@ class _Lifting(BaseModel):
 
     hiprune: Any = Field(default=None)
     _misplaced: PlanError | None = PrivateAttr(None)
+    _pictures: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
     def lift(cls, body: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        misplaced = None
+        misplaced, pictures = None, dict[str, str]()
         if isinstance(body, dict):
             try:
-                body = tag(body)
+                body, pictures = tag(body)
             except PlanError as error:
                 misplaced = error
         request = handler(body)
-        request._misplaced = misplaced
+        request._misplaced, request._pictures = misplaced, pictures
         return request
 
     def check(self) -> None:
-        """Raises vLLM's validation error where a `hiprune` object stands in the wrong place."""
+        """Raises vLLM's validation error where a `hiprune` object stands in the wrong place.
+
+        Notes which pictures have to arrive where the request is rendered.
+        """
         if self._misplaced is not None:
             raise refused(self._misplaced)
+        pictures_sent.set(self._pictures)
 
 
 @first_error_only

@@ -2,8 +2,9 @@
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, unquote
 
@@ -59,27 +60,25 @@ class Wishes:
         return "request" if self.whole.has_budget else "default"
 
 
-def take_image_wishes(
-    messages: Sequence[Any], pruning: Pruning, presets: Presets
-) -> tuple[list[Any], list[ImageWish]]:
-    """Reads the `hiprune` objects of the image parts of chat messages.
+class Taken(NamedTuple):
+    """Chat messages without what was wished in them, and what that was."""
 
-    Returns:
-        The messages without them, and one entry an image, in order.
+    plain: list[Any]
+    wishes: list[ImageWish]  # one an image, in order
+    arrived: set[str]  # marks of the pictures that `tag` has marked
+
+
+def take_image_wishes(messages: Sequence[Any], pruning: Pruning, presets: Presets) -> Taken:
+    """Reads the `hiprune` objects of the image parts of chat messages.
 
     Raises:
         PlanError: an object or a `detail` is invalid, or stands where it has no effect.
     """
-    plain: list[Any] = []
-    wishes: list[ImageWish] = []
+    taken = Taken([], [], set())
     for m, message in enumerate(messages):
-        plain.append(message)
+        taken.plain.append(message)
         if not isinstance(message, dict):
             continue
-        if FIELD in message:
-            raise PlanError(
-                f"messages[{m}].{FIELD}", "must stand in an image part or at the top of the request"
-            )
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue
@@ -87,36 +86,45 @@ def take_image_wishes(
         message["content"] = parts = list(content)
         without = []
         for p, part in enumerate(parts):
-            part, wish = _take(part, f"messages[{m}].content[{p}]", pruning, presets)  # noqa: PLW2901
+            # What a tool has found is an object, not a dict, on /v1/responses at times.
+            dump = getattr(part, "model_dump", None)
+            part = part if dump is None else dump(exclude_none=True)  # noqa: PLW2901
+            name = f"messages[{m}].content[{p}]"
+            part, wish = _take(part, name, pruning, presets, taken.arrived)  # noqa: PLW2901
             without.append(part)
             if wish is not None:
-                wishes.append(wish)
-        plain[-1] = {**message, "content": without}
-    return plain, wishes
+                taken.wishes.append(wish)
+        taken.plain[-1] = {**message, "content": without}
+    return taken
 
 
-def _take(part: Any, name: str, pruning: Pruning, presets: Presets) -> tuple[Any, ImageWish | None]:
+def _take(
+    part: Any, name: str, pruning: Pruning, presets: Presets, arrived: set[str]
+) -> tuple[Any, ImageWish | None]:
     """A part without its wish, and the wish; None for a part that is no image."""
     if not isinstance(part, dict):
         return part, None
-    for key in IMAGE_PARTS:
-        if isinstance(part.get(key), dict) and FIELD in part[key]:
-            raise PlanError(
-                f"{name}.{key}.{FIELD}", f"must stand in the image part itself, beside {key}"
-            )
-    # As vLLM reads it: by its type, or by its keys where that is missing or where it has a uuid.
-    kind = part.get("type") if "uuid" not in part else None
-    by_key = any(key in part for key in IMAGE_PARTS)
-    if not (kind in IMAGE_PARTS or (kind is None and by_key)):
+    if not is_picture(part):
         if FIELD in part:
             raise PlanError(f"{name}.{FIELD}", "must stand in an image part, this part is none")
         return part, None
     preset = _preset(part, name, presets)
-    part, where, value = _untagged(part, f"{name}.{FIELD}")
+    part, where, value = _untagged(part, f"{name}.{FIELD}", arrived)
     if value is _NOTHING:
         return part, ImageWish(None, preset)
     own = pruning.parse(value, name=where, for_one_image=True)
     return {key: one for key, one in part.items() if key != FIELD}, ImageWish(own, preset)
+
+
+def is_picture(part: Any) -> bool:
+    """Whether vLLM reads a part as a picture: by its type, or by its keys where it has none.
+
+    Where a part has a `uuid` its type is not looked at either.
+    """
+    if not isinstance(part, dict):
+        return False
+    kind = part.get("type") if part.get("uuid") is None else None
+    return kind in IMAGE_PARTS or (kind is None and any(key in part for key in IMAGE_PARTS))
 
 
 def _preset(part: dict[str, Any], name: str, presets: Presets) -> PruningPlan | None:
@@ -133,72 +141,94 @@ def _preset(part: dict[str, Any], name: str, presets: Presets) -> PruningPlan | 
     return presets[detail]
 
 
-# vLLM's models of the Responses and the Messages API drop unknown fields. There a picture's
-# wish travels behind its URL, which every conversion of theirs hands on, to `take_image_wishes`.
+# vLLM's models of the Responses and the Messages API drop unknown fields, and their conversions
+# drop pictures in some places. There every picture has a mark behind its URL, which conversions
+# hand on to `take_image_wishes`: it brings the picture's wish, and shows that the picture arrived.
 
 _NOTHING: Final = object()
+_NUMBERS: Final = count()
 
 
-def tag(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with the `hiprune` objects of its image parts moved behind their URLs.
+def tag(body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A request with its pictures marked and their `hiprune` objects moved into the marks.
 
     Args:
         body: of /v1/responses or /v1/messages, as it came; stays as it is.
 
+    Returns:
+        The request, and by mark the path of each picture.
+
     Raises:
         PlanError: an object stands where it has no effect.
     """
-    return {
-        key: _tagged(value, key) if key in ("input", "messages", "system") else value
+    marks: dict[str, str] = {}
+    tagged = {
+        key: _tagged(value, key, marks) if key in ("input", "messages", "system") else value
         for key, value in body.items()
     }
+    return tagged, marks
 
 
-def _tagged(value: Any, path: str) -> Any:
+def _tagged(value: Any, path: str, marks: dict[str, str]) -> Any:
     if isinstance(value, list):
-        return [_tagged(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return [_tagged(item, f"{path}[{i}]", marks) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    if FIELD in value:
-        return _tag_part(value, f"{path}.{FIELD}")
+    if FIELD in value or value.get("type") in ("input_image", "image"):
+        return _tag_part(value, path, marks)
     return {
-        key: _tagged(inner, f"{path}.{key}") if key in ("content", "output") else inner
+        key: _tagged(inner, f"{path}.{key}", marks) if key in ("content", "output") else inner
         for key, inner in value.items()
     }
 
 
-def _tag_part(part: dict[str, Any], path: str) -> dict[str, Any]:
+def _tag_part(part: dict[str, Any], path: str, marks: dict[str, str]) -> dict[str, Any]:
     kind, source = part.get("type"), part.get("source")
-    wish = _TAG + quote(json.dumps([path, part[FIELD]]))
     rest = {key: value for key, value in part.items() if key != FIELD}
+    mark = str(next(_NUMBERS))
+    wish = [f"{path}.{FIELD}", part[FIELD]] if FIELD in part else []
+    behind = _TAG + quote(json.dumps([mark, *wish]))
     if kind == "input_image" and isinstance(part.get("image_url"), str):
-        return rest | {"image_url": part["image_url"] + wish}
+        marks[mark] = path
+        # OpenAI demands no `detail` of what a tool has found, vLLM does.
+        return {"detail": "auto"} | rest | {"image_url": part["image_url"] + behind}
     if kind == "image" and isinstance(source, dict):
         key = "url" if source.get("type") == "url" else "data"
         if isinstance(source.get(key), str):
-            return rest | {"source": source | {key: source[key] + wish}}
-    raise PlanError(path, "must stand in an image part with a picture, this part is none")
+            marks[mark] = path
+            return rest | {"source": source | {key: source[key] + behind}}
+    if wish:
+        raise PlanError(
+            f"{path}.{FIELD}", "must stand in an image part with a picture, this part is none"
+        )
+    return part
 
 
-def _untagged(part: dict[str, Any], name: str) -> tuple[dict[str, Any], str, Any]:
-    """An image part without a tag, the path of its `hiprune` object, and the object."""
+def _untagged(
+    part: dict[str, Any], name: str, arrived: set[str]
+) -> tuple[dict[str, Any], str, Any]:
+    """An image part without a mark, the path of its `hiprune` object, and the object."""
     inner = part.get("image_url")
     url = inner.get("url") if isinstance(inner, dict) else inner
     if not isinstance(url, str) or _TAG not in url:
         return part, name, part.get(FIELD, _NOTHING)
     url, _, text = url.partition(_TAG)
-    path, value = json.loads(unquote(text))
+    mark, path, value = (*json.loads(unquote(text)), name, _NOTHING)[:3]
+    arrived.add(mark)
     without = inner | {"url": url} if isinstance(inner, dict) else url
     return part | {"image_url": without}, path, value
 
 
-def places(value: Any, path: str = "") -> Iterator[str]:
-    """Paths of `hiprune` keys at the top of a request, in messages and in their parts."""
-    if not isinstance(value, dict):
-        return
-    if FIELD in value:
-        yield f"{path}{FIELD}"
-    for key in ("messages", "input", "system", "content"):
-        items = value.get(key)
-        for i, item in enumerate(items if isinstance(items, list) else ()):
-            yield from places(item, f"{path}{key}[{i}].")
+def check_arrived(marks: Mapping[str, str], arrived: set[str]) -> None:
+    """Refuses a request with a picture that did not get into the messages for the model.
+
+    Raises:
+        PlanError: names the first one.
+    """
+    for mark, path in marks.items():
+        if mark not in arrived:
+            raise PlanError(
+                path,
+                "must not be a picture: this API hands on text alone from there. Put it into a "
+                "message of the user's or into what a tool has found",
+            )

@@ -17,8 +17,10 @@ import vllm
 from vllm.config import CompilationConfig, MultiModalConfig, SchedulerConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models import clip, llava, llava_next, qwen2_5_vl, siglip
+from vllm.multimodal.cache import LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
+from vllm.renderers import BaseRenderer
 
 from hiprune_vllm.engine.compat import check_engine, check_version
 
@@ -147,15 +149,26 @@ PROCESSOR_HOOKS = {
     "_apply_hf_processor_main": ["self", "mm_items", "hf_kwargs"],
     "_get_mm_fields_config": ["self", "hf_inputs", "hf_processor_mm_kwargs"],
     "_get_prompt_updates": ["self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"],
+    "_apply_prompt_updates": ["self", "token_ids", "mm_prompt_updates"],
+    "_get_cache_missing_items": ["self", "cache", "mm_data_items", "mm_hashes"],
+    "_cached_apply_hf_processor": ["self", "inputs", "timing_ctx"],
+    "_merge_mm_kwargs": [
+        "self",
+        "cache",
+        "mm_hashes",
+        "mm_is_cached",
+        "mm_missing_kwargs",
+        "mm_missing_prompt_updates",
+    ],
 }
 
 
 @pytest.mark.parametrize("hook", PROCESSOR_HOOKS)
 def test_processor_hooks_have_the_expected_arguments(hook):
-    from hiprune_vllm.engine.processing import PrunedProcessor
+    from hiprune_vllm.engine.processing import CachedProcessing, PrunedProcessor
 
     assert parameters(getattr(BaseMultiModalProcessor, hook)) == PROCESSOR_HOOKS[hook]
-    assert hook in PrunedProcessor.__dict__
+    assert hook in {**PrunedProcessor.__dict__, **CachedProcessing.__dict__}
 
 
 def test_processor_hooks_are_called_as_expected():
@@ -185,6 +198,30 @@ def test_processor_inputs_have_the_fields_that_are_copied():
         "cache",
     ]
     assert "replacement" in {f.name for f in fields(PromptReplacement)}
+
+
+def test_what_has_left_a_cache_is_asserted_where_the_items_are_merged():
+    """What `CachedProcessing` takes for a cache that is smaller than the request."""
+    for cache in (MultiModalProcessorOnlyCache, LruKeyReplicatedSenderCache):
+        assert 'f"Expected a cached item' in inspect.getsource(cache.get_and_update_item)
+    merged = inspect.getsource(BaseMultiModalProcessor._merge_mm_kwargs)
+    assert "cache.get_and_update_item(item, item_hash)" in merged
+    assert "self._apply_hf_processor(inputs, timing_ctx)" in inspect.getsource(
+        BaseMultiModalProcessor._cached_apply_hf_processor
+    )
+
+
+def test_without_caches_pictures_have_running_numbers_for_names():
+    """What `identify` is for."""
+    source = inspect.getsource(BaseRenderer._process_mm_uuids)
+    assert 'f"{mm_req_id}-{modality}-{i}"' in source
+    assert "mm_processor_cache_gb == 0" in source
+
+
+@pytest.mark.parametrize("module", [llava, llava_next])
+def test_embeddings_of_pictures_come_back_as_they_are(module):
+    source = inspect.getsource(module)
+    assert 'return image_input["data"]' in source
 
 
 def test_identities_can_be_had_without_the_models_name():

@@ -18,6 +18,7 @@ from vllm.multimodal.media import VideoMediaIO
 from vllm.multimodal.media.connector import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.renderers import BaseRenderer, chat_utils
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine import utils as engine_utils
 
@@ -39,7 +40,14 @@ def test_the_chat_handler_has_the_methods_that_are_overridden():
     assert inspect.iscoroutinefunction(OpenAIServingChat.chat_completion_full_generator)
     assert inspect.isasyncgenfunction(OpenAIServingChat.chat_completion_stream_generator)
     for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
-        assert parameters(getattr(OpenAIServingChat, name))[:2] == ["self", "request"]
+        assert parameters(getattr(OpenAIServingChat, name))[:6] == [
+            "self",
+            "request",
+            "result_generator",
+            "request_id",
+            "model_name",
+            "conversation",
+        ]
     source = inspect.getsource(OpenAIServingChat._create_chat_completion)
     assert "await self.render_chat_request(request)" in source
     assert "self.online_renderer" in inspect.getsource(OpenAIServingChat.render_chat_request)
@@ -81,12 +89,30 @@ def test_all_messages_are_rendered_in_one_place():
         assert "skip_mm_cache" in parameters(method)
 
 
+def test_messages_can_be_put_through_the_template_again():
+    """What `templates.left_out` does, with pictures that are named alone and so not loaded."""
+    source = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert "request.build_chat_params(" in source
+    assert ").with_defaults(" in source
+    assert parameters(BaseRenderer.render_messages_async) == ["self", "messages", "params"]
+    part = {"type": "image_url", "image_url": None, "uuid": "-"}
+    assert chat_utils._parse_chat_message_content_mm_part(part) == ("image_url", None)
+
+
+def test_an_echo_takes_the_last_messages_content_for_text():
+    """What `chat.spoken` is for."""
+    for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
+        source = inspect.getsource(getattr(OpenAIServingChat, name))
+        assert 'last_msg_content = conversation[-1]["content"] or ""' in source
+
+
 def test_pictures_are_loaded_by_a_connector_of_ones_own():
     from vllm import envs
 
     assert "VLLM_MEDIA_CONNECTOR" in envs.environment_variables
     for method in (MediaConnector.load_from_url, MediaConnector.load_from_url_async):
         assert parameters(method)[:3] == ["self", "url", "media_io"]
+    assert parameters(MediaConnector.fetch_image_embedding_async) == ["self", "data"]
     assert GuardedConnector().connection is not MediaConnector().connection
 
 

@@ -165,6 +165,19 @@ FORMS = (  # which the demo model's vocabulary has no words for, or which are no
     {"structured_outputs": {"regex": "("}},
     {"structured_outputs": {"choice": []}},
 )
+KINDS = (  # well formed, and in the wrong place, form or size
+    {"extra_body": {"hiprune": {"tokens": 1}}},
+    {"metadata": {"hiprune": "1"}},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"hiprune": {}}}}]},
+    {"HiPrune": {"tokens": 1}},
+    {"echo": True, "add_generation_prompt": False},
+    {"echo": True, "add_generation_prompt": False, "stream": True},
+    {"truncate_prompt_tokens": 3},
+    {"stop": "\ud800"},
+    {"user": "\udfff"},
+    {"kv_transfer_params": {"prompt_token_ids": [1, 2, 3]}},
+)
+ROLES = ("system", "assistant", "tool", "developer", "critic")
 
 
 def chat(url=SAMPLE, plan=None, **part):
@@ -229,6 +242,18 @@ def corpus():
     yield from LARGE
     for form in FORMS:
         yield CHAT, chat() | form
+    for kind in KINDS:
+        yield CHAT, chat() | kind
+    for text in ("<image>", "a\0b", "\ud800", "<image>" * 50):
+        yield CHAT, put(chat(), ("messages", 0, "content", 0, "text"), text)
+    for role in ROLES:
+        said = {"role": role, "tool_call_id": "a", "content": chat()["messages"][0]["content"]}
+        yield CHAT, chat() | {"messages": [said, *chat()["messages"]]}
+    for plan in ({"tokens": 9}, {"tokens": 10}, {"tokens": 9, "method": "random"}):
+        named = chat(plan=plan, uuid="named")
+        yield CHAT, named
+        yield CHAT, put(named, ("messages", 0, "content", 1, "image_url"), None)
+        yield f"{CHAT}/batch", chat(plan=plan) | {"messages": [chat()["messages"]]}
     for knob, odd in itertools.product(KNOBS, ODD):
         yield CHAT, chat(plan={knob: odd})
         yield CHAT, chat(hiprune={knob: odd})

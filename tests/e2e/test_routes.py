@@ -176,10 +176,10 @@ def test_processor_options_of_a_client_stay_refused(server, route):
         route,
         body(server, route, image(route, CAT), mm_processor_kwargs={"hiprune": {"tokens": 5}}),
     )
-    # The Messages API has no such field and drops it, as any other that it does not know.
-    assert answer.status_code == (400 if route == RESPONSES else 200)
-    if route == MESSAGES:
-        assert kept(answer.json()) == [(576, "default")]
+    assert answer.status_code == 400
+    # The Messages API has no such field, and nothing is dropped that has to do with a budget.
+    wanted = "mm_processor_kwargs.hiprune" if route == MESSAGES else "mm_processor_kwargs"
+    assert wanted in answer.json()["error"]["message"]
 
 
 def test_other_routes_refuse_a_budget(server):
@@ -208,3 +208,118 @@ def test_counting_tokens_does_not_harm_the_message_that_is_then_sent(server):
     counted = ask(server, COUNT, picture, hiprune={"tokens": 11})
     sent = ask(server, MESSAGES, picture, hiprune={"tokens": 11})
     assert sent["usage"]["input_tokens"] == counted["input_tokens"]
+
+
+CHAT = "/v1/chat/completions"
+PLAN = {"tokens": 64}
+
+
+@pytest.mark.parametrize(
+    ("route", "keys", "part", "field"),
+    [
+        (CHAT, {"extra_body": {"hiprune": PLAN}}, {}, "extra_body.hiprune"),
+        (RESPONSES, {"extra_body": {"hiprune": PLAN}}, {}, "extra_body.hiprune"),
+        (MESSAGES, {"extra_body": {"hiprune": PLAN}}, {}, "extra_body.hiprune"),
+        (CHAT, {"metadata": {"hiprune": "64"}}, {}, "metadata.hiprune"),
+        (RESPONSES, {"metadata": {"hiprune": "64"}}, {}, "metadata.hiprune"),
+        (CHAT, {"vllm_xargs": {"hiprune": 64}}, {}, "vllm_xargs.hiprune"),
+        (MESSAGES, {"metadata": {"user_id": "x", "hiprune": 64}}, {}, "metadata.hiprune"),
+        (CHAT, {"Hiprune": PLAN}, {}, "Hiprune"),
+        (CHAT, {}, {"image_url": {"url": CAT, "hiprune": PLAN}},
+         "messages[0].content[1].image_url.hiprune"),
+        (MESSAGES, {}, {"source": {"type": "base64", "data": "AAAA", "hiprune": PLAN}},
+         "messages[0].content[1].source.hiprune"),
+    ],
+)  # fmt: skip
+def test_a_budget_in_a_place_where_nobody_reads_it_is_refused(server, route, keys, part, field):
+    answer = server.post(route, body(server, route, image(route, CAT) | part, **keys))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(field)
+    assert error.get("param", field) == field  # the Messages API has an envelope of its own
+
+
+def test_a_batch_with_a_budget_is_refused_with_its_path(server):
+    asked = body(server, CHAT, image(CHAT, CAT, hiprune=PLAN))
+    answer = server.post(f"{CHAT}/batch", asked | {"messages": [asked["messages"]]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0][0].content[1].hiprune"
+    without = body(server, CHAT, image(CHAT, CAT))
+    served = server.post(f"{CHAT}/batch", without | {"messages": [without["messages"]]})
+    assert served.status_code == 200
+
+
+@pytest.mark.parametrize("role", ["system", "assistant", "tool"])
+def test_pictures_in_messages_of_other_roles_are_answered_with_their_budget(server, role):
+    found = {"role": role, "content": [image(CHAT, CUP, hiprune={"tokens": 20})]}
+    if role == "tool":
+        found["tool_call_id"] = "a"
+    asked = body(server, CHAT, image(CHAT, CAT, hiprune={"tokens": 90}))
+    question = {"role": "user", "content": "And here?"}
+    answer = server.post(CHAT, asked | {"messages": [*asked["messages"], found, question]})
+    assert answer.status_code == 200, answer.text
+    assert kept(answer.json()) == [(90, "image"), (20, "image")]
+
+
+def test_a_picture_that_a_function_has_found_is_answered_with_its_budget(server):
+    call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+    found = {"type": "function_call_output", "call_id": "c",
+             "output": [image(RESPONSES, CUP, hiprune={"tokens": 20})]}  # fmt: skip
+    asked = body(server, RESPONSES, image(RESPONSES, CAT), hiprune={"tokens": 90})
+    answer = server.post(RESPONSES, asked | {"input": [*asked["input"], call, found]})
+    assert answer.status_code == 200, answer.text
+    assert kept(answer.json()) == [(90, "request"), (20, "image")]
+
+
+def test_a_picture_in_the_system_prompt_of_the_messages_api_is_refused_by_its_place(server):
+    answer = server.post(MESSAGES, body(server, MESSAGES, system=[image(MESSAGES, CAT)]))
+    assert answer.status_code == 400
+    assert "system[0] must not be a picture" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_is_the_text_of_the_last_message(server, stream):
+    keys = {"echo": True, "add_generation_prompt": False, "stream": stream}
+    asked = body(server, CHAT, image(CHAT, CAT), {"type": "text", "text": "Or this?"}, **keys)
+    answer = server.post(CHAT, asked)
+    assert answer.status_code == 200, answer.text
+    if stream:
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        assert not any("error" in json.loads(line) for line in lines)
+        deltas = [json.loads(line)["choices"][0]["delta"].get("content") for line in lines]
+        said = "".join(text for text in deltas if text)
+    else:
+        said = text_of(answer.json())
+    assert said.startswith(f"{QUESTION}\nOr this?")
+
+
+def test_a_picture_is_served_by_its_name_alone_or_has_to_be_sent_again(server):
+    named = image(CHAT, CAT, uuid="cat")
+    alone = {"type": "image_url", "image_url": None, "uuid": "cat"}
+    first = ask(server, CHAT, named, hiprune=PLAN)
+    again = ask(server, CHAT, alone, hiprune=PLAN)
+    assert text_of(again) == text_of(first)
+    assert kept(again) == [(64, "request")]
+    answer = server.post(CHAT, body(server, CHAT, alone, hiprune={"tokens": 65}))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "uuid"
+    assert "send the picture itself again" in answer.json()["error"]["message"]
+    assert text_of(ask(server, CHAT, named, hiprune={"tokens": 65}))
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "field"),
+    [
+        ("What is <image>?", {}, "messages"),
+        ("x", {"truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ("half \ud800 a pair", {}, "messages[0].content[1].text"),
+        ("x", {"stop": ["\udfff"]}, "stop[0]"),
+        ("x", {"model": "\ud800"}, "model"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_told_by_its_name(server, text, keys, field):
+    parts = {"type": "text", "text": text}, image(CHAT, CAT)
+    answer = server.post(CHAT, json.dumps(body(server, CHAT, *parts, **keys)))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert kept(ask(server, CHAT, image(CHAT, CAT))) == [(576, "default")]

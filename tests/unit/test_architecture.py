@@ -58,6 +58,8 @@ ALLOWED = {
         "hiprune_vllm.plan",
     ],
     "hiprune_server/resending.py": [],
+    "hiprune_server/shape.py": ["vllm"],
+    "hiprune_server/templates.py": ["vllm", "hiprune_server.wishes", "hiprune_vllm.plan"],
     "hiprune_server/rendering.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/explain.py": [
         "vllm",
@@ -76,6 +78,7 @@ ALLOWED = {
     ],
     "hiprune_server/pictures.py": ["numpy", "PIL"],
     "hiprune_server/wishes.py": ["hiprune_vllm.plan"],
+    "hiprune_server/places.py": ["hiprune_vllm.plan"],
     "hiprune_server/openapi.py": ["fastapi", "hiprune_vllm.plan"],
     "hiprune_server/playground": ["fastapi", "starlette", "hiprune_server.demo"],
     "hiprune_server/endpoint.py": [
@@ -93,8 +96,7 @@ ALLOWED = {
         "hiprune_server.metrics",
         "hiprune_server.overload",
         "hiprune_server.refusals",
-        "hiprune_server.wishes",
-        "hiprune_vllm.plan",
+        "hiprune_server.places",
     ],
     "hiprune_server/auth.py": [
         "vllm",

@@ -13,7 +13,8 @@ from starlette.routing import Route
 
 from hiprune_server.auth import Keys
 from hiprune_server.bodies import BodyLimits
-from hiprune_server.guard import CARRIES, STOPPING, Guard, find
+from hiprune_server.guard import STOPPING, Guard
+from hiprune_server.places import READ
 
 LIMIT = 200_000
 LIMITS = BodyLimits(max_bytes=LIMIT, max_held=3 * LIMIT, seconds=30, max_values=90_000)
@@ -76,7 +77,6 @@ def test_a_budget_is_refused_with_its_place(body, field):
     [
         '{"prompt": "what is \\"hiprune\\"?"}',
         '{"messages": [{"role": "user", "content": "\\"hiprune\\""}]}',
-        '{"tools": [{"function": {"parameters": {"hiprune": {}}}}]}',
         '{"hiprune": ',
         "",
         "[]",
@@ -89,16 +89,12 @@ def test_everything_else_goes_through_unchanged(body):
     assert answer.text == body
 
 
-def test_routes_that_read_budgets_and_other_kinds_of_bodies_are_not_looked_at():
+def test_a_body_is_looked_at_whatever_it_says_it_is():
     body = '{"hiprune": {}}'
-    for route in CARRIES:
-        assert post(route, body).text == body
-    assert post("/v1/audio/transcriptions", body, "multipart/form-data; boundary=x").text == body
-
-
-def test_find_looks_only_where_a_budget_could_stand():
-    assert find(b'{"metadata": {"hiprune": 1}}') is None
-    assert find(b'{"content": [[{"hiprune": 1}]]}') is None
+    for route in READ:
+        assert post(route, body, "text/plain").text == body
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert post("/v1/completions", body, kind).json()["error"]["param"] == "hiprune"
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/any"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hiprune_server.wishes import ImageWish, tag, take_image_wishes
+from hiprune_server.wishes import ImageWish, check_arrived, tag, take_image_wishes
 from hiprune_vllm.plan import Encoder, PlanError, PruningPlan, parse_plan
 
 ENCODER = Encoder("llava", 8, 3, has_cls=True)
@@ -19,14 +19,15 @@ class Pruning:
 
 def take(*parts):
     messages = [{"role": "user", "content": list(parts)}]
-    plain, wishes = take_image_wishes(messages, Pruning(), PRESETS)
-    return plain[0]["content"], wishes
+    taken = take_image_wishes(messages, Pruning(), PRESETS)
+    return taken.plain[0]["content"], taken.wishes
 
 
 def carried(part):
     """A part of the Responses API after `tag`, as vLLM hands it on."""
     body = {"model": "m", "input": [{"role": "user", "content": [part]}]}
-    tagged = tag(body)
+    tagged, marks = tag(body)
+    assert list(marks.values()) == ["input[0].content[0]"]
     assert body["input"][0]["content"][0] is part
     return tagged["input"][0]["content"][0]
 
@@ -34,14 +35,14 @@ def carried(part):
 def test_messages_stay_as_they_are_and_are_read_once():
     part = {"type": "image_url", "image_url": {"url": URL}, "hiprune": {"tokens": 5}}
     message = {"role": "user", "content": iter([part])}
-    plain, wishes = take_image_wishes([message], Pruning(), PRESETS)
+    plain, wishes, _ = take_image_wishes([message], Pruning(), PRESETS)
     assert message["content"] == [part]
     assert plain[0]["content"] == [{"type": "image_url", "image_url": {"url": URL}}]
     assert wishes == [ImageWish(PruningPlan(tokens=5))]
 
 
 def test_a_wish_comes_back_from_behind_its_url():
-    part = {"type": "input_image", "image_url": URL, "detail": "low", "hiprune": {"tokens": 7}}
+    part = {"type": "input_image", "detail": "low", "image_url": URL, "hiprune": {"tokens": 7}}
     tagged = carried(part)
     assert "hiprune" not in tagged
     assert tagged["image_url"].startswith(URL)
@@ -63,7 +64,8 @@ def test_blocks_of_the_messages_api(key):
     source = {"type": "url" if key == "url" else "base64", key: "AAAA"}
     block = {"type": "image", "source": source, "hiprune": {"tokens": 7}}
     tool = {"type": "tool_result", "content": [block]}
-    tagged = tag({"messages": [{"role": "user", "content": [block, tool]}]})
+    tagged, marks = tag({"messages": [{"role": "user", "content": [block, tool]}]})
+    assert list(marks.values()) == ["messages[0].content[0]", "messages[0].content[1].content[0]"]
     for found in (
         tagged["messages"][0]["content"][0],
         tagged["messages"][0]["content"][1]["content"][0],
@@ -100,4 +102,27 @@ def test_a_client_cannot_write_a_tag():
 
 def test_bodies_of_any_shape_go_through():
     for body in ({}, {"input": "x"}, {"messages": [5, None, [{}]]}, {"input": {"a": 1}}):
-        assert tag(body) == body
+        assert tag(body) == (body, {})
+
+
+def test_a_picture_that_did_not_arrive_is_named_by_its_place():
+    image = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+    body = {"system": [image], "messages": [{"content": [image, {"type": "text", "text": "x"}]}]}
+    tagged, marks = tag(body)
+    url = tagged["messages"][0]["content"][0]["source"]["data"]
+    given = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    taken = take_image_wishes(given, Pruning(), PRESETS)
+    assert taken.plain[0]["content"][0]["image_url"] == {"url": "AAAA"}
+    assert taken.wishes == [ImageWish()]
+    with pytest.raises(PlanError) as error:
+        check_arrived(marks, taken.arrived)
+    assert error.value.field == "system[0]"
+    check_arrived(
+        {mark: path for mark, path in marks.items() if path != "system[0]"}, taken.arrived
+    )
+
+
+def test_what_a_tool_has_found_needs_no_detail():
+    found = {"type": "input_image", "image_url": URL}
+    tagged, _ = tag({"input": [{"type": "function_call_output", "output": [found]}]})
+    assert tagged["input"][0]["output"][0]["detail"] == "auto"

@@ -26,6 +26,17 @@ class PlanError(ValueError):
         self.field = field
 
 
+class PicturesLeftOut(PlanError):
+    """Pictures that have no place in the prompt: a chat template drops them, or it was cut.
+
+    `placeholder` is the token that marks a place.
+    """
+
+    def __init__(self, field: str, message: str, placeholder: int) -> None:
+        super().__init__(field, message)
+        self.placeholder = placeholder
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """What a vision encoder allows, read from a checkpoint's configuration.

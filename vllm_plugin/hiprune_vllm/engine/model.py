@@ -88,6 +88,12 @@ class PrunedModel(torch.nn.Module):
         encoder cache) keeps the tokens that it kept before: with another batch around it, rounding
         could turn a near-tie, and the two halves of one picture would not fit together.
         """
+        given = kwargs.get("image_embeds")
+        if isinstance(given, list):
+            # Embeddings of several lengths, of one request or more: vLLM's own models refuse such
+            # a batch, which ends the engine.
+            embed: Any = super().embed_multimodal  # type: ignore[misc]
+            return [item for one in given for item in embed(image_embeds=one[None])]
         rows: Any = kwargs.pop(BUDGET_FIELD, None)
         # The rows were kept on the CPU: reading them waits for nothing.
         items = [unpack_item(row) for row in rows.tolist()] if rows is not None else []

@@ -1,19 +1,16 @@
 """The front end's side: a plan becomes N' placeholder tokens and a part of the item's identity."""
 
 import copy
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cachetools import LRUCache
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import (
-    BaseMultiModalProcessor,
     InputProcessingContext,
     ProcessorInputs,
     PromptReplacement,
@@ -22,6 +19,14 @@ from vllm.multimodal.processing import (
 )
 
 from hiprune_vllm.engine import explain
+from hiprune_vllm.engine.checks import check_embeddings, check_places
+from hiprune_vllm.engine.identity import (
+    CachedProcessing,
+    KnownImages,
+    identify,
+    names,
+    with_budget,
+)
 from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
@@ -33,16 +38,12 @@ from hiprune_vllm.plan import (
     Limits,
     PlanError,
     PruningPlan,
-    TokenCount,
     complete,
     parse_plan,
     resolve_all,
     with_seed,
 )
 from hiprune_vllm.pruning.budget import ImageBudget
-
-REMEMBERED_COUNTS = 8192
-"""Images whose size the front end remembers, least recently used out first."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _items_of(kwargs: Mapping[str, object]) -> tuple[_Item, ...]:
     return items
 
 
-class PrunedProcessor(BaseMultiModalProcessor):
+class PrunedProcessor(CachedProcessing):
     """Mixin in front of a vLLM multimodal processor class.
 
     `apply` replaces the raw `hiprune` object (or list of objects, one an image) in the processor
@@ -143,9 +144,7 @@ class PrunedProcessor(BaseMultiModalProcessor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A client may name an image by its `uuid` alone once it was seen: its size is not at hand.
-        self._counts: LRUCache[str, TokenCount] = LRUCache(REMEMBERED_COUNTS)
-        self._counts_lock = threading.Lock()
+        self._known = KnownImages()
 
     @property
     def pruning(self) -> PruningInfo:
@@ -165,9 +164,13 @@ class PrunedProcessor(BaseMultiModalProcessor):
         It has `tokens_full`, `tokens_kept`, `method`, and the whole `plan` (a `PruningPlan`).
         """
         images = inputs.mm_data_items.get("image", [])
-        plans = self._plans(inputs.hf_processor_mm_kwargs, len(images))
+        for items in inputs.mm_data_items.values():
+            if isinstance(items, EmbeddingItems | DictEmbeddingItems):
+                check_embeddings(items, self.info.ctx.get_hf_config())
+        asked = self._plans(inputs.hf_processor_mm_kwargs, len(images))
+        plans = [plan.over(self.pruning.default) for plan in asked]
         if isinstance(images, EmbeddingItems | DictEmbeddingItems):
-            if not all(plan.keeps_all for plan in plans):
+            if not all(plan.keeps_all for plan in asked):
                 raise VLLMValidationError(
                     f"{FIELD} cannot prune image embeddings, which have left the vision encoder "
                     "already; send the image itself",
@@ -178,10 +181,12 @@ class PrunedProcessor(BaseMultiModalProcessor):
         plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
         if encoder is None or not images:
             return super().apply(plain, *args, **kwargs)
+        plain = identify(plain)
         hashes = {name: list(items) for name, items in super()._get_mm_hashes(plain).items()}
-        options = plain.hf_processor_mm_kwargs
+        options, tokens = plain.hf_processor_mm_kwargs, self.pruning.family.tokens
         counts = [
-            self._count(images, i, identity, options) for i, identity in enumerate(hashes["image"])
+            self._known.count(images, i, identity, partial(tokens, self.info, images, i, options))
+            for i, identity in enumerate(hashes["image"])
         ]
         try:
             # The very object that `get_dummy_inputs` hands over: no request can bring it.
@@ -214,42 +219,22 @@ class PrunedProcessor(BaseMultiModalProcessor):
         return explain.views(self.info, inputs)
 
     def _plans(self, kwargs: Mapping[str, object], images: int) -> list[PruningPlan]:
-        """One plan an image, the engine-wide one below each of them."""
+        """What a request asks for, one plan an image."""
         wish = kwargs.get(FIELD, {})
-        default = self.pruning.default
         if FIELD not in kwargs:
-            return [default] * images
+            return [PruningPlan()] * images
         try:
             if not isinstance(wish, list):
-                return [self._plan(wish).over(default)] * images
+                return [self._plan(wish)] * images
             if len(wish) != images:
                 raise PlanError(FIELD, f"must have one object an image ({images}), got {len(wish)}")
-            return [
-                self._plan(plan, name=f"{FIELD}[{i}]").over(default) for i, plan in enumerate(wish)
-            ]
+            return [self._plan(plan, name=f"{FIELD}[{i}]") for i, plan in enumerate(wish)]
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
 
     def _plan(self, wish: object, *, name: str = FIELD) -> PruningPlan:
         """A plan, checked, as the server's own routes hand it over, or an object to read."""
         return wish if isinstance(wish, PruningPlan) else self.pruning.parse(wish, name=name)
-
-    def _count(
-        self, images: Any, index: int, identity: str, options: Mapping[str, object]
-    ) -> TokenCount:
-        if images.get(index) is not None:
-            count = self.pruning.family.tokens(self.info, images, index, options)
-            with self._counts_lock:
-                self._counts[identity] = count
-            return count
-        with self._counts_lock:
-            known = self._counts.get(identity)
-        if known is None:
-            raise VLLMValidationError(
-                f"image {index} is named by its uuid alone and not known (any more): send it again",
-                parameter="uuid",
-            )
-        return known
 
     def _check(self, result: Any, budgets: Sequence[ImageBudget]) -> None:
         """Refuses prompts whose 3-D positions could not be told from the prompt alone.
@@ -280,26 +265,17 @@ class PrunedProcessor(BaseMultiModalProcessor):
         hashes: dict[str, list[str]],
         budgets: Sequence[ImageBudget],
     ) -> _ResolvedInputs:
-        """Puts the budgets into the options and into every image's identity.
-
-        The identity is a hash of vLLM's own (content or the client's `uuid`) and the budget, for
-        unpruned images too: a client that names its image by somebody else's identity must not
-        meet an entry of another length.
-        """
+        """Puts the budgets into the options and into every image's identity."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        sources = hashes["image"]
+        identities = hashes["image"]
+        seeds = [0] * len(identities)
         if any(budget.method == "random" for budget in budgets):
-            # vLLM's identity has the model's name in it, which may be a folder: without it the
-            # draw for a picture is the same wherever the checkpoint lies.
-            sources = plain.get_mm_hashes("", algorithm)["image"]
-        items = []
-        for identity, source, budget in zip(hashes["image"], sources, budgets, strict=True):
-            seed = int(MultiModalHasher.hash_kwargs(algorithm, seed=source)[:15], 16)
-            seeded = with_seed(budget, seed)
-            final = MultiModalHasher.hash_kwargs(
-                algorithm, identity=identity, hiprune=list(seeded.to_ints())
-            )
-            items.append(_Item(seeded, final))
+            seeds = self._known.seeds(plain, identities, algorithm)
+        seeded = [with_seed(*pair) for pair in zip(budgets, seeds, strict=True)]
+        items = [
+            _Item(budget, with_budget(identity, name, budget, algorithm))
+            for identity, name, budget in zip(identities, names(plain), seeded, strict=True)
+        ]
         return _ResolvedInputs(
             prompt=plain.prompt,
             mm_data_items=plain.mm_data_items,
@@ -314,6 +290,10 @@ class PrunedProcessor(BaseMultiModalProcessor):
         if isinstance(inputs, _ResolvedInputs):
             return inputs.hashes
         return super()._get_mm_hashes(inputs)
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        check_places(token_ids, mm_prompt_updates)
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]

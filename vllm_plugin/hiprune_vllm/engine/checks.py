@@ -1,0 +1,91 @@
+"""What the front end asks of a request's pictures before anything of them goes to the engine."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+
+from hiprune_vllm.plan import PicturesLeftOut
+
+
+def check_embeddings(items: EmbeddingItems | DictEmbeddingItems, config: Any) -> None:
+    """Refuses embeddings that would not fill their places; vLLM looks at their width at most.
+
+    Args:
+        items: embeddings of a request, of pictures or videos.
+        config: the model's, of Hugging Face.
+
+    Raises:
+        VLLMValidationError: an item is not (rows, width) floating-point numbers with a row for
+            each place that its grid, where it has one, takes in the prompt.
+    """
+    field = f"{items.modality}_embeds"
+    width = config.get_text_config().hidden_size
+    for i in range(items.get_count()):
+        item: Any = items.get(i)
+        grid = None
+        if isinstance(item, Mapping):
+            grid, item = item.get(f"{items.modality}_grid_thw"), item.get(field)
+            if item is None:
+                continue  # it comes by an encoder connector
+        if not isinstance(item, torch.Tensor) or item.ndim != 2:
+            _refuse(field, i, f"must be a tensor of the shape (rows, {width})")
+        if not item.is_floating_point() or item.shape[1] != width or not len(item):
+            got = f"{tuple(item.shape)} of {item.dtype}"
+            _refuse(field, i, f"must have rows of {width} floating-point numbers, got {got}")
+        if grid is not None:
+            sides = [int(side) for side in grid.flatten().tolist()]
+            merged = config.vision_config.spatial_merge_size**2
+            if len(sides) != 3 or min(sides) < 1 or prod(sides) != len(item) * merged:
+                _refuse(field, i, f"must have a row a token of its grid {sides}, got {len(item)}")
+
+
+def _refuse(field: str, index: int, told: str) -> None:
+    raise VLLMValidationError(f"{field} of item {index} {told}", parameter=field)
+
+
+def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+    """Refuses a prompt that does not have one placeholder for each picture (or video).
+
+    With fewer a template has left pictures out or the prompt was cut. With more vLLM would put the
+    pictures where text of the request's has the placeholder.
+
+    Args:
+        prompt: token ids.
+        updates: by modality, one list an item, of vLLM's resolved updates.
+
+    Raises:
+        VLLMValidationError: caused by a `PicturesLeftOut` where there are fewer.
+    """
+    for modality, of_items in updates.items():
+        found = [update.target for of_item in of_items for update in of_item]
+        if not all(isinstance(target, list) and len(target) == 1 for target in found):
+            continue  # a model that is not pruned, and marks places by more than one token
+        targets = {target[0] for target in found}
+        places = sum(prompt.count(target) for target in targets)
+        if places > len(of_items):
+            raise VLLMValidationError(
+                f"messages must not have the {modality} placeholder in their text, got {places} "
+                f"of them for {len(of_items)} {modality} items",
+                parameter="messages",
+            )
+        if places < len(of_items):
+            left_out = PicturesLeftOut(
+                "messages",
+                f"must have their pictures where the model's chat template takes them: the prompt "
+                f"has {places} places for {len(of_items)} {modality} items",
+                next(iter(targets)),
+            )
+            raise VLLMValidationError(str(left_out), parameter=left_out.field) from left_out
+
+
+def not_at_hand(index: int) -> VLLMValidationError:
+    """The refusal of a picture that is named by its `uuid` alone and not there any more."""
+    return VLLMValidationError(
+        f"image {index} is named by its uuid alone, but the server does not have it (any more) "
+        "with this budget: send the picture itself again",
+        parameter="uuid",
+    )

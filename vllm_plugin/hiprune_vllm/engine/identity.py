@@ -1,0 +1,141 @@
+"""Who a picture is: what caches know it by, and what is remembered of it by that name."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cachetools import LRUCache
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+
+from hiprune_vllm.engine.checks import not_at_hand
+from hiprune_vllm.plan import TokenCount
+from hiprune_vllm.pruning.budget import ImageBudget
+
+REMEMBERED = 8192
+"""Images of which the front end remembers something, least recently used out first."""
+
+
+class KnownImages:
+    """Sizes of images and where their random draws begin, by vLLM's identity of an image.
+
+    A client may name an image by its `uuid` alone once it was seen: neither is at hand then.
+    """
+
+    def __init__(self) -> None:
+        self._counts: LRUCache[str, TokenCount] = LRUCache(REMEMBERED)
+        self._seeds: LRUCache[str, int] = LRUCache(REMEMBERED)
+        self._lock = threading.Lock()
+
+    def count(
+        self, images: Any, index: int, identity: str, counted: Callable[[], TokenCount]
+    ) -> TokenCount:
+        """Tokens of an image that is at hand (`counted`) or was seen. Raises otherwise."""
+        found = counted() if images.get(index) is not None else None
+        return self._noted(self._counts, identity, found, index)
+
+    def seeds(self, plain: ProcessorInputs, identities: Sequence[str], algorithm: Any) -> list[int]:
+        """What each image's `random` draw begins with: a number of its content, whatever its name.
+
+        vLLM's identity has the model's name in it too, which may be a folder: without it the draw
+        is the same wherever the checkpoint lies.
+        """
+        images = plain.mm_data_items["image"]
+        sources = by_content(plain).get_mm_hashes("", algorithm)["image"]
+        seeds = []
+        for i, (source, identity) in enumerate(zip(sources, identities, strict=True)):
+            found = None
+            if images.get(i) is not None:
+                found = int(MultiModalHasher.hash_kwargs(algorithm, seed=source)[:15], 16)
+            seeds.append(self._noted(self._seeds, identity, found, i))
+        return seeds
+
+    def _noted(self, known: LRUCache[str, Any], identity: str, found: Any, index: int) -> Any:
+        with self._lock:
+            if found is None:
+                found = known.get(identity)
+            else:
+                known[identity] = found
+        if found is None:
+            raise not_at_hand(index)
+        return found
+
+
+def by_content(plain: ProcessorInputs) -> ProcessorInputs:
+    """The same inputs without the names (`uuid`) that a client gives to its images."""
+    named = plain.mm_uuid_items or {}
+    others = {modality: items for modality, items in named.items() if modality != "image"}
+    return replace(plain, mm_uuid_items=others)
+
+
+def names(plain: ProcessorInputs) -> Sequence[str | None]:
+    """The client's name for each image."""
+    images = plain.mm_data_items["image"]
+    return (plain.mm_uuid_items or {}).get("image") or [None] * len(images)
+
+
+def identify(plain: ProcessorInputs) -> ProcessorInputs:
+    """The inputs with the names that can be relied on.
+
+    Without a cache images are known by their content alone: a `uuid` cannot bring them back then,
+    and where there is no prefix cache either vLLM writes a running number in its place, which a
+    client can write as well.
+
+    Raises:
+        VLLMValidationError: there is no cache, and an image is named by its `uuid` alone.
+    """
+    if plain.cache is not None:
+        return plain
+    all_at_hand(plain)
+    return by_content(plain)
+
+
+def all_at_hand(inputs: ProcessorInputs) -> None:
+    """Raises vLLM's validation error where an image is named by its `uuid` alone."""
+    images = inputs.mm_data_items.get("image", ())
+    for i in range(len(images)):
+        if images.get(i) is None:
+            raise not_at_hand(i)
+
+
+def with_budget(identity: str, name: str | None, budget: ImageBudget, algorithm: Any) -> str:
+    """An image's final identity (a digest), of vLLM's own (its content or its name) and its budget.
+
+    Of unpruned images too, and of what vLLM's own is made of: a client that names its image by the
+    identity of somebody else's must not meet it, nor an entry of another length.
+    """
+    digest: str = MultiModalHasher.hash_kwargs(
+        algorithm, identity=identity, named=name is not None, hiprune=list(budget.to_ints())
+    )
+    return digest
+
+
+class _PushedOut(Exception):
+    """An item that was in the cache has made room for another one of the same request."""
+
+
+class CachedProcessing(BaseMultiModalProcessor):
+    """Mixin: vLLM's processing with a cache, also of what the cache does not hold (any more)."""
+
+    def _get_cache_missing_items(
+        self, cache: Any, mm_data_items: Any, mm_hashes: Mapping[str, list[str]]
+    ) -> Any:
+        for i, known in enumerate(cache.is_cached(mm_hashes.get("image", []))):
+            if not known and mm_data_items["image"].get(i) is None:
+                raise not_at_hand(i)
+        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
+
+    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """vLLM's own; all over without the cache where that is smaller than the request."""
+        try:
+            return super()._cached_apply_hf_processor(inputs, timing_ctx)
+        except _PushedOut:
+            all_at_hand(inputs)
+            return self._apply_hf_processor(inputs, timing_ctx)
+
+    def _merge_mm_kwargs(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._merge_mm_kwargs(*args, **kwargs)
+        except AssertionError as error:  # vLLM asserts that what was in the cache still is
+            raise _PushedOut from error
