@@ -1,5 +1,6 @@
 """What stands before every route: a server that stops, its key, bodies, budgets nobody reads."""
 
+import re
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,7 @@ from hiprune_server.refusals import RETRY_AFTER_S, Refusal, route_of
 
 STOPPING: Final = "hiprune_stopping"
 """In the application's state: an event that is set once the server is told to stop."""
+_BEGINS_AS_JSON: Final = re.compile(rb"(\xef\xbb\xbf)?\s*[\[{]")
 
 
 class Guard:
@@ -25,8 +27,8 @@ class Guard:
     2. A request without a key is a 401.
     3. The router says 404 or 405; the body of such a request is never read.
     4. A body is read when its route asks for it, within the limits of `Bodies`.
-    5. A `hiprune` field where nothing will read it is a 400, nothing that a client asks for is
-       ignored; so is text that is none (see `places.fault`).
+    5. A `hiprune` field where nothing will read it is a 400: nothing that a client asks for is
+       ignored. So is text that is none (see `places.fault`).
 
     Args:
         keys: what the server asks for.
@@ -90,7 +92,7 @@ class _Request:
             self.held = len(body)
             if _is_json(self._scope, body):
                 self._bodies.check_shape(body)
-                _check_content(route_of(self._scope), body)
+                _refuse_faults(route_of(self._scope), body)
         except ClientGone:
             return {"type": "http.disconnect"}
         except Refusal as refusal:
@@ -127,11 +129,10 @@ async def _answer(refusal: Refusal, scope: Scope, receive: Receive, send: Send) 
     await refusal.send(scope, receive, send)
 
 
-def _check_content(route: str, body: bytes) -> None:
+def _refuse_faults(route: str, body: bytes) -> None:
     wrong = fault(route, body)
     if wrong is not None:
-        reason = OTHER if route in READ else ROUTE
-        raise Refusal(400, str(wrong), wrong.field, reason=reason)
+        raise Refusal(400, str(wrong), wrong.field, reason=OTHER if route in READ else ROUTE)
 
 
 def _is_stopping(scope: Scope) -> bool:
@@ -140,6 +141,7 @@ def _is_stopping(scope: Scope) -> bool:
 
 
 def _is_json(scope: Scope, body: bytes) -> bool:
-    """Whether a body says that it is JSON, or looks like it: a wrong name must hide nothing."""
+    """Whether a body is JSON, or at least begins as if it were, whatever it was declared as."""
     kind = header(scope, b"content-type").lower()
-    return not kind or b"json" in kind or body[:99].lstrip()[:1] in (b"{", b"[")
+    # FastAPI reads what has no type as JSON, too.
+    return not kind or b"json" in kind or _BEGINS_AS_JSON.match(body) is not None

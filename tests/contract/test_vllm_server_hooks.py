@@ -112,6 +112,7 @@ def test_pictures_are_loaded_by_a_connector_of_ones_own():
     assert "VLLM_MEDIA_CONNECTOR" in envs.environment_variables
     for method in (MediaConnector.load_from_url, MediaConnector.load_from_url_async):
         assert parameters(method)[:3] == ["self", "url", "media_io"]
+    assert parameters(MediaConnector.fetch_image_embedding_async) == ["self", "data"]
     assert GuardedConnector().connection is not MediaConnector().connection
 
 

@@ -94,7 +94,8 @@ def test_a_body_is_looked_at_whatever_it_says_it_is():
     for route in READ:
         assert post(route, body, "text/plain").text == body
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        assert post("/v1/completions", body, kind).json()["error"]["param"] == "hiprune"
+        for same in (body, f"\n\t {body}", f"\ufeff{body}"):
+            assert post("/v1/completions", same, kind).json()["error"]["param"] == "hiprune"
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/any"])
