@@ -117,8 +117,8 @@ def close_administration(app: FastAPI) -> None:
     """Takes away the routes that administer the engine, unless the operator asked for them.
 
     Sleep, weight updates, resets, `/collective_rpc` and the like need VLLM_SERVER_DEV_MODE=1,
-    profiling `--profiler-config`, adapters VLLM_ALLOW_RUNTIME_LORA_UPDATING, tokens in and out and
-    aborting by id `--enable-scale-out`: those are vLLM's own switches.
+    profiling `--profiler-config`, adapters VLLM_ALLOW_RUNTIME_LORA_UPDATING: vLLM's own switches.
+    Tokens in and out, and aborting by id, answer 403.
     """
     if not app.state.args.enable_elastic_ep:
         app.router.routes[:] = [

@@ -180,7 +180,7 @@ def test_vllms_own_check_is_found_and_taken_out(app, monkeypatch):
 
 
 def test_routes_that_administer_the_engine_are_off(app):
-    """Scale-out's, with ids to abort, answer 403 until `--enable-scale-out` asks for them."""
+    """Scale-out's, with ids to abort, answer 403: `hiprune-serve` refuses its flag."""
     administering = {path for _, path in http_routes(app) if ADMINISTERS.search(path)}
     assert administering == {"/inference/v1/abort_requests"}
     for path in (*ADMINISTRATION, "/sleep", "/wake_up", "/collective_rpc", "/start_profile",
