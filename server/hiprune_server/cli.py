@@ -297,12 +297,14 @@ def serve(flags: Sequence[str], config: Config, defaults: Mapping[str, Any]) -> 
     args = parser.parse_args(list(flags))
     if args.api_key is not None and not all(args.api_key):
         parser.error("--api-key must not be empty: the server would be open to everybody")
-    if getattr(args, "enable_scale_out", False):
-        parser.error(
-            "--enable-scale-out opens /inference/v1/generate, which hands the engine tokens, "
-            "lengths and tensors as a client writes them: one that does not fit ends it for "
-            "everybody. Leave it out, and scale by whole servers behind a router (docs/deploy.md)"
-        )
+    for name in ("enable_scale_out", "tokens_only"):
+        if getattr(args, name):
+            parser.error(
+                f"--{name.replace('_', '-')} opens /inference/v1/generate, which hands the engine "
+                "tokens, lengths and tensors as a client writes them: one that does not fit ends "
+                "it for everybody. Leave it out, and scale by whole servers behind a router "
+                "(docs/deploy.md)"
+            )
     engine_wide: dict[str, Any] = {FIELD: config["default"]} if config["default"] else {}
     if config.limits != NO_LIMITS:
         engine_wide[LIMITS] = asdict(config.limits)

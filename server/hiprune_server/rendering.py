@@ -81,7 +81,7 @@ def named(messages: Sequence[Any]) -> Iterator[None]:
     """
     try:
         yield
-    except (VLLMError, ValueError, NotImplementedError):
+    except VLLMError:
         raise
     except Exception as error:
         tensors = tensors_in(messages)
@@ -90,6 +90,8 @@ def named(messages: Sequence[Any]) -> Iterator[None]:
                 f"{tensors} must be such as this model takes, these cannot be read",
                 parameter=tensors,
             ) from error
+        if isinstance(error, ValueError | NotImplementedError):  # vLLM's words for a client
+            raise
         logger.exception("A request could not be rendered.")
         raise ServerTrouble("Internal server error") from error
 

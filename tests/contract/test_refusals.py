@@ -31,12 +31,13 @@ def test_an_encoder_without_a_layer_for_anchors_does_not_start(tmp_path):
         load(tmp_path)
 
 
-def test_what_hands_a_clients_tensors_to_the_engine_does_not_start(monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["--enable-scale-out", "--tokens-only"])
+def test_what_hands_a_clients_tensors_to_the_engine_does_not_start(flag, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     with pytest.raises(SystemExit):
-        cli.serve(["some/model", "--enable-scale-out"], config.load({}, {}), {})
+        cli.serve(["some/model", flag], config.load({}, {}), {})
     told = capsys.readouterr().err
-    assert "--enable-scale-out opens /inference/v1/generate" in told
+    assert f"{flag} opens /inference/v1/generate" in told
     assert "behind a router" in told
 
 

@@ -85,7 +85,7 @@ def test_embeddings_of_many_lengths_and_pictures_are_answered_side_by_side(serve
 def test_embeddings_that_are_none_are_a_400_and_the_engine_lives(server, odd):
     got = post(server, TEXT, embeds(odd))
     assert got.status_code == 400, got.text
-    assert "embed" in got.json()["error"]["message"]
+    assert got.json()["error"]["param"] == "image_embeds"
     assert answer(server, TEXT, embeds(5))
     assert httpx.get(f"{server.url}/health").status_code == 200
 
