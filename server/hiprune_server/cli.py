@@ -17,6 +17,7 @@ from typing import Any
 from hiprune_server import demo
 from hiprune_server.config import (
     BUILT_IN,
+    DISABLE,
     FILE,
     PIXELS,
     PRESETS,
@@ -305,15 +306,18 @@ def serve(flags: Sequence[str], config: Config, defaults: Mapping[str, Any]) -> 
                 "it for everybody. Leave it out, and scale by whole servers behind a router "
                 "(docs/deploy.md)"
             )
-    engine_wide: dict[str, Any] = {FIELD: config["default"]} if config["default"] else {}
-    if config.limits != NO_LIMITS:
+    prunes = not config[DISABLE]
+    engine_wide: dict[str, Any] = {}
+    if prunes and config["default"]:
+        engine_wide[FIELD] = config["default"]
+    if prunes and config.limits != NO_LIMITS:
         engine_wide[LIMITS] = asdict(config.limits)
     kwargs = dict(args.mm_processor_kwargs or {})
     for key in engine_wide.keys() & kwargs.keys():
         parser.error(f"{key} in --mm-processor-kwargs and as a setting of this server: give one")
     if engine_wide:
         args.mm_processor_kwargs = kwargs | engine_wide
-    if config["explain"]:
+    if prunes and config["explain"]:
         if args.worker_extension_cls not in ("", WORKER_EXTENSION):
             parser.error(
                 f"--worker-extension-cls {args.worker_extension_cls} takes the place of what "

@@ -17,6 +17,8 @@ PREFIX: Final = "HIPRUNE_"
 FILE: Final = "config"
 BUILT_IN: Final = "built in"
 PIXELS: Final = "limits.max_image_pixels"
+DISABLE: Final = "disable"
+"""Its variable, HIPRUNE_DISABLE, is read by the plugin as well, in every process."""
 FIXABLE: Final = ("alpha", "object_layer", "buffer", "score")
 """What `limits.fixed` can take out of a request's hands."""
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
@@ -157,7 +159,7 @@ def _names(text: str) -> list[str]:
 
 
 def _true_or_false(text: str) -> object:
-    return {"true": True, "false": False}.get(text.lower(), text)
+    return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
 
 
 def _number(text: str) -> object:
@@ -204,6 +206,8 @@ SETTINGS: Final = (
             _switch, _true_or_false, True),
     Setting("playground", "BOOL", "whether the page /playground is there",
             _switch, _true_or_false, True),
+    Setting(DISABLE, "BOOL", "whether pruning is off altogether: vLLM serves as it is",
+            _switch, _true_or_false, False),
 )  # fmt: skip
 
 PRESETS: Final = tuple(

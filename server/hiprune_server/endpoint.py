@@ -26,7 +26,7 @@ from hiprune_server.auth import Keys, close_administration, replace_vllms
 from hiprune_server.banner import banner
 from hiprune_server.bodies import BodyLimits
 from hiprune_server.chat import PrunedChat, PrunedMessages, PrunedResponses, pruned
-from hiprune_server.config import Config, load
+from hiprune_server.config import DISABLE, Config, load
 from hiprune_server.explain import Explainer, explain
 from hiprune_server.guard import STOPPING, Guard
 from hiprune_server.overload import bound_the_queue
@@ -55,14 +55,14 @@ LAST_CHUNKS_S = 3
 
 
 class NoPruning:
-    """Stands in on an engine whose model the plugin does not serve."""
+    """Stands in on an engine whose model the plugin does not serve; `reason` says why."""
 
     encoder = None
     default = PruningPlan()
     limits = NO_LIMITS
 
-    def __init__(self, architectures: list[str]) -> None:
-        self.unsupported = f"hiprune does not support {', '.join(architectures)}"
+    def __init__(self, reason: str) -> None:
+        self.unsupported = reason
 
     def parse(
         self, value: object, *, name: str = "hiprune", for_one_image: bool = False
@@ -124,9 +124,13 @@ class HiPruneEndpointPlugin:
     async def init_state(self, engine_client: Any, state: State, args: argparse.Namespace) -> None:
         processor = engine_client.renderer.mm_processor
         info = getattr(processor, "info", None)
+        config = load({}, os.environ)
         architectures = list(engine_client.model_config.hf_config.architectures or ["this model"])
-        state.hiprune = getattr(info, "pruning", None) or NoPruning(architectures)
-        state.hiprune_presets = presets(load({}, os.environ), state.hiprune.encoder)
+        reason = f"hiprune does not support {', '.join(architectures)}"
+        if config[DISABLE]:
+            reason = f"pruning is switched off ({config.values[DISABLE].source})"
+        state.hiprune = getattr(info, "pruning", None) or NoPruning(reason)
+        state.hiprune_presets = presets(config, state.hiprune.encoder)
         chat = state.openai_serving_chat
         renderer = PrunedRenderer.around(chat.online_renderer, state.hiprune, state.hiprune_presets)
         state.openai_serving_chat = pruned(chat, OpenAIServingChat, PrunedChat, renderer)

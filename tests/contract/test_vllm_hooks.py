@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import vllm
-from vllm.config import CompilationConfig, MultiModalConfig, SpeculativeConfig
+from vllm.config import CompilationConfig, LoRAConfig, MultiModalConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models import clip, llava, llava_next, qwen2_5_vl, siglip
 from vllm.multimodal.cache import LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache
@@ -22,7 +22,8 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
 from vllm.renderers import BaseRenderer
 
-from hiprune_vllm.engine.compat import ENCODER_BUDGET, check_engine, check_version
+from hiprune_vllm.engine.compat import ENCODER_BUDGET, check_engine
+from hiprune_vllm.engine.releases import check_version
 
 
 def parameters(function):
@@ -64,7 +65,9 @@ class Config:
         draft=None,
         method="draft_model",
         counts=ENCODER_BUDGET,
+        lora=None,
     ):
+        self.lora_config = lora
         self.speculative_config = self if draft else None
         self.use_ngram = lambda: method == "ngram"
         self.draft_model_config = draft
@@ -91,6 +94,10 @@ def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
     for counts in (None, "theirs.Manager"):
         with pytest.raises(ValueError, match="encoder_cache_manager_cls must be unset, got"):
             check_engine(Config(counts=counts))
+    check_engine(Config(lora=LoRAConfig()))
+    with pytest.raises(ValueError, match="--enable-tower-connector-lora must be off") as told:
+        check_engine(Config(lora=LoRAConfig(enable_tower_connector_lora=True)))
+    assert "adapters of the language model work" in str(told.value)
 
 
 def test_the_configuration_has_what_is_read_from_it():

@@ -56,8 +56,8 @@ def explained(llm, prompt, image, plan):
 
 def remembered(llm):
     """What the worker has kept of the only image that it has seen."""
-    (kept,) = worker_model(llm)._kept_before.values() or [None]
-    return [part.tolist() for part in kept] if kept is not None else None
+    (known,) = worker_model(llm)._kept_before.values() or [None]
+    return [part.tolist() for part in known.kept] if known is not None else None
 
 
 def run(path, prompt, **options):

@@ -73,7 +73,7 @@ def compare(folders):
                 model._kept_before.clear()
                 results[way] = model.embed_multimodal(**batch, hiprune_budget=rows)
                 kept[way] = [
-                    [part.tolist() for part in parts] for parts in model._kept_before.values()
+                    [part.tolist() for part in one.kept] for one in model._kept_before.values()
                 ]
             with mock.patch.object(
                 record, "attention_received", side_effect=record.attention_received

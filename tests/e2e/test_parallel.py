@@ -55,9 +55,7 @@ FAMILIES = {
 
 def remembered(model):
     """What a worker has kept of every picture. Runs there."""
-    return {
-        identity: [part.tolist() for part in kept] for identity, kept in model._kept_before.items()
-    }
+    return {key: [part.tolist() for part in one.kept] for key, one in model._kept_before.items()}
 
 
 def run(path, family, options):

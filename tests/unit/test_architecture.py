@@ -13,7 +13,7 @@ SERVER = ROOT / "server"
 
 # Folder or module -> prefixes of what it may import besides the standard library.
 ALLOWED = {
-    "hiprune_vllm/__init__.py": ["hiprune_vllm.engine"],
+    "hiprune_vllm/__init__.py": ["hiprune_vllm.engine", "hiprune_vllm"],
     "hiprune_vllm/plan.py": ["hiprune_vllm.pruning.budget"],
     "hiprune_vllm/tuning.py": [],
     "hiprune_vllm/pruning/kernel.py": ["torch", "triton"],

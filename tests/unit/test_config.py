@@ -75,7 +75,7 @@ def test_what_is_exported_is_read_back_the_same(file):
     [
         (
             "defaults: {}",
-            "settings.yaml: defaults is unknown; known are default, explain, limits.body_seconds,",
+            "settings.yaml: defaults is unknown; known are default, disable, explain,",
         ),
         ("limits: {min: 1}", "settings.yaml: limits.min is unknown"),
         ("limits: 3", "settings.yaml: limits must hold keys and values, got 3"),
@@ -107,6 +107,13 @@ def test_a_wrong_file_is_told_with_its_key(text, message, tmp_path):
     with pytest.raises(ConfigError) as told:
         load({"config": str(path)}, {})
     assert message in str(told.value)
+
+
+def test_a_switch_takes_the_words_that_people_write():
+    for text, value in (("1", True), ("true", True), ("True", True), ("0", False), ("", False)):
+        assert load({}, {"HIPRUNE_DISABLE": text})["disable"] is value
+    with pytest.raises(ConfigError, match="HIPRUNE_DISABLE must be true or false, got 'maybe'"):
+        load({}, {"HIPRUNE_DISABLE": "maybe"})
 
 
 @pytest.mark.parametrize(

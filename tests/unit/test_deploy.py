@@ -63,7 +63,7 @@ def test_an_image_has_two_stages_and_runs_as_nobody_in_particular(path):
 
 
 def test_the_gpu_image_is_of_the_release_that_was_tested():
-    from hiprune_vllm.engine.compat import BELOW, OLDEST
+    from hiprune_vllm.engine.releases import BELOW, OLDEST
 
     (minor,) = re.findall(
         r"vllm-openai:v(\d+)\.(\d+)\.\d+", (ROOT / "docker/gpu.Dockerfile").read_text()

@@ -77,7 +77,7 @@ def test_the_installed_entry_points_are_ours():
 
 
 def test_the_version_gate_is_the_bound_of_the_package():
-    from hiprune_vllm.engine.compat import BELOW, OLDEST
+    from hiprune_vllm.engine.releases import BELOW, OLDEST
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"

@@ -9,9 +9,12 @@ __version__ = "0.1.0"
 def register() -> None:
     """Entry point of `vllm.general_plugins`; vLLM calls it once in every process.
 
-    Raises:
-        RuntimeError: the installed vLLM is outside the tested range (message names both).
+    Does nothing where pruning is switched off (`HIPRUNE_DISABLE=1`): vLLM serves as it is.
     """
+    from hiprune_vllm import tuning
+
+    if tuning.disabled():
+        return
     from hiprune_vllm.engine.registration import register_models
 
     register_models()

@@ -4,6 +4,8 @@
 |---|---|---|
 | `PRUNING_LAST_BLOCK` | `kept` (default), `whole` | whether the encoder's last block ends with the kept tokens only |
 | `PRUNING_SCORE_KERNEL` | `torch` (default), `triton` | what adds up attention on a CUDA device; the second has not run on one yet |
+
+And `HIPRUNE_DISABLE`, with which there is no pruning at all.
 """  # noqa: E501
 
 import os
@@ -12,6 +14,21 @@ CHOICES = {
     "PRUNING_LAST_BLOCK": ("kept", "whole"),
     "PRUNING_SCORE_KERNEL": ("torch", "triton"),
 }
+
+DISABLE = "HIPRUNE_DISABLE"
+"""The switch that leaves vLLM's own classes in their place: 1 (true) or 0 (false, unset)."""
+
+
+def disabled() -> bool:
+    """Whether pruning is switched off.
+
+    Raises:
+        ValueError: the variable says neither.
+    """
+    value = os.environ.get(DISABLE, "")
+    if value.lower() not in ("", "0", "false", "1", "true"):
+        raise ValueError(f"{DISABLE} must be 1 or 0, got {value!r}")
+    return value.lower() in ("1", "true")
 
 
 def chosen(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Which vLLM this plugin was tested with, and which engine options it cannot work with."""
+"""Which engine options this plugin cannot work with, and what it changes in vLLM."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any, Final
 
@@ -9,30 +9,8 @@ from vllm.distributed import get_pp_group
 
 from hiprune_vllm import tuning
 
-OLDEST: Final = (0, 32)
-BELOW: Final = (0, 33)
-
 ENCODER_BUDGET: Final = "hiprune_vllm.engine.scheduling.WholeImageBudget"
 """Class by which the scheduler counts what is encoded."""
-
-
-def check_version(version: str) -> None:
-    """Refuses a vLLM whose hooks were not tested.
-
-    Raises:
-        RuntimeError: `version` is outside [OLDEST, BELOW).
-    """
-    parts = version.split(".")
-    try:
-        minor = (int(parts[0]), int(parts[1]))
-    except (IndexError, ValueError):
-        minor = None
-    if minor is None or not OLDEST <= minor < BELOW:
-        wanted = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, BELOW))}"
-        raise RuntimeError(
-            f"hiprune-vllm was tested with vllm {wanted}, found {version}. Install a tested "
-            "release, or leave this plugin out by naming the others in VLLM_PLUGINS."
-        )
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -69,6 +47,13 @@ def check_engine(vllm_config: Any) -> None:
         raise ValueError(
             "hiprune-vllm bounds what one engine step encodes by a cache manager of its own: "
             f"encoder_cache_manager_cls must be unset, got {counts!r}. Remove --ec-manager-config."
+        )
+    lora = vllm_config.lora_config
+    if lora is not None and lora.enable_tower_connector_lora:
+        raise ValueError(
+            "hiprune-vllm chooses tokens in the vision tower as it is, for requests with and "
+            "without an adapter together: --enable-tower-connector-lora must be off. Remove the "
+            "flag, adapters of the language model work; or merge the adapter into the checkpoint."
         )
 
 
@@ -113,6 +98,56 @@ def named_as(vllm_class: type) -> Callable[[type], type]:
         return model_class
 
     return renamed
+
+
+RESETS: Final = (
+    "reset_mm_cache",
+    "reset_encoder_cache",
+    "reload_weights",
+    "wake_up",
+    "update_weights",
+    "finish_weight_update",
+)
+"""Methods of vLLM's worker after which what was encoded before is worth nothing."""
+
+
+def forget_with_caches() -> None:
+    """Makes the worker's model forget its selections wherever vLLM drops what was encoded.
+
+    Symptom: after new weights (`/update_weights`, `reload_weights`, level 2 sleep) a picture that
+        was seen before keeps the tokens that the old weights chose.
+    Cause: vLLM knows of its own encoder cache alone.
+    Change: `forget` of the model, where it has one, runs after each of `RESETS`. For every platform
+        whose worker is derived from vLLM's, what it overrides included. Idempotent.
+    Remove when: vLLM tells a model that its encoder cache was reset.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for worker in (Worker, *_derived(Worker)):
+        for name in RESETS:
+            method = vars(worker).get(name)
+            if method is not None and not hasattr(method, "forgets"):
+                setattr(worker, name, _and_forget(method))
+
+
+def _derived(cls: Any) -> Iterator[Any]:
+    for one in cls.__subclasses__():
+        yield one
+        yield from _derived(one)
+
+
+def _and_forget(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        finally:  # weights that came in part are others, too
+            forget = getattr(self.get_model(), "forget", None)
+            if forget is not None:
+                forget()
+
+    reset.forgets = True  # type: ignore[attr-defined]
+    return reset
 
 
 class _PositionsWithEmbeddings(MultiModalConfig):

@@ -111,6 +111,16 @@ def with_budget(identity: str, name: str | None, budget: ImageBudget, algorithm:
     return digest
 
 
+def of_kind(identity: str, kind: str, algorithm: Any) -> str:
+    """The identity (a digest) of what is no picture to be encoded, a video say.
+
+    vLLM takes a client's name as it is, which could be what a picture goes by: both would share an
+    entry of its caches, of another length.
+    """
+    digest: str = MultiModalHasher.hash_kwargs(algorithm, identity=identity, kind=kind)
+    return digest
+
+
 class _PushedOut(Exception):
     """An item that was in the cache has made room for another one of the same request."""
 

@@ -13,9 +13,14 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
-from hiprune_vllm.engine.compat import check_engine, let_cpu_runner_receive
-from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Trace, TracedPart
-from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.engine.compat import (
+    check_engine,
+    forget_with_caches,
+    let_cpu_runner_receive,
+)
+from hiprune_vllm.engine.secret import keyed
+from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
+from hiprune_vllm.pruning.budget import BUDGET_INTS, ImageBudget
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 let_cpu_runner_receive()
@@ -38,14 +43,19 @@ ENCODER_SECONDS = Histogram(
 )
 
 
+Key = tuple[int, ...]
+"""What a worker knows an image and its budget by: nobody outside of the server can compute it."""
+
+
 def pack_item(budget: ImageBudget, identity: str) -> list[int]:
-    """A budget and the image's identity (hexadecimal digest) as integers in [0, 2**63)."""
-    return [*budget.to_ints(), int(identity[:15], 16)]
+    """A budget and the key of the image's identity as integers in [-2**63, 2**63)."""
+    numbers = budget.to_ints()
+    return [*numbers, *keyed(identity, numbers)]
 
 
-def unpack_item(row: Sequence[int]) -> tuple[ImageBudget, int]:
-    """Inverse of `pack_item`; of the identity 60 bits are left."""
-    return ImageBudget.from_ints(row[:-1]), row[-1]
+def unpack_item(row: Sequence[int]) -> tuple[ImageBudget, Key]:
+    """A budget and its image's key from what `pack_item` made."""
+    return ImageBudget.from_ints(row[:BUDGET_INTS]), tuple(row[BUDGET_INTS:])
 
 
 def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:
@@ -67,8 +77,13 @@ class PrunedModel(torch.nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
+        forget_with_caches()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._kept_before: LRUCache[int, tuple[torch.Tensor, ...]] = LRUCache(REMEMBERED_IMAGES)
+        self._kept_before: LRUCache[Key, Selection] = LRUCache(REMEMBERED_IMAGES)
+
+    def forget(self) -> None:
+        """Drops what was remembered: other weights would choose other tokens."""
+        self._kept_before.clear()
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Embeddings of a batch of images, as `_embed` makes them; their time is noted."""
@@ -82,7 +97,8 @@ class PrunedModel(torch.nn.Module):
 
         An image that is encoded again (its first part is in the prefix cache, or it left the
         encoder cache) keeps the tokens that it kept before: with another batch around it, rounding
-        could turn a near-tie, and the two halves of one picture would not fit together.
+        could turn a near-tie, and the two halves of one picture would not fit together. What is
+        remembered counts only where it fits the image and its budget (`Selection.of`).
         """
         given = kwargs.get("image_embeds")
         if isinstance(given, list):
@@ -96,8 +112,8 @@ class PrunedModel(torch.nn.Module):
         if all(budget.is_full for budget, _ in items):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         encoded = self._encode(
-            [Image(budget, self._kept_before.get(identity)) for budget, identity in items],
-            [identity for _, identity in items],
+            [Image(budget, self._kept_before.get(key)) for budget, key in items],
+            [key for _, key in items],
             **kwargs,
         )
         return [image.embeddings for image in encoded]
@@ -116,19 +132,19 @@ class PrunedModel(torch.nn.Module):
             One a part (tile) that keeps something.
         """
         rows: Any = kwargs.pop(BUDGET_FIELD)
-        ((budget, identity),) = [unpack_item(row) for row in rows.tolist()]
+        ((budget, key),) = [unpack_item(row) for row in rows.tolist()]
         trace = Trace(layer, score)
-        self._encode([Image(budget, self._kept_before.get(identity), trace)], [identity], **kwargs)
+        self._encode([Image(budget, self._kept_before.get(key), trace)], [key], **kwargs)
         return trace.parts
 
     def _encode(
-        self, images: Sequence[Image], identities: Sequence[int], **kwargs: object
+        self, images: Sequence[Image], keys: Sequence[Key], **kwargs: object
     ) -> list[Encoded]:
         parallel = get_tensor_model_parallel_world_size() > 1
         encoded = self.family.embed(self, images, sum_over_ranks if parallel else None, **kwargs)
-        for identity, image in zip(identities, encoded, strict=True):
-            if image.kept is not None:
-                self._kept_before[identity] = image.kept
+        for key, image in zip(keys, encoded, strict=True):
+            if image.selection is not None:
+                self._kept_before[key] = image.selection
         _note(SELECTION, SELECTION_SECONDS)
         return encoded
 

@@ -15,7 +15,7 @@ from hiprune_vllm.engine.compat import (
     let_cpu_runner_ask,
 )
 from hiprune_vllm.engine.model import BUDGET_FIELD, PrunedModel, unpack_item
-from hiprune_vllm.pruning.positions import decode_positions, no_positions
+from hiprune_vllm.pruning.positions import decode_positions, no_positions, positions_taken
 
 let_cpu_runner_ask()
 
@@ -116,9 +116,7 @@ class PrunedMRopeModel(PrunedModel):
                 if t_factor != 1.0:
                     grid[0] = (grid[0] * t_factor).astype(np.int64)
                 pieces.append(grid + position)
-            # Videos: the last frame may be later than the grid is wide.
-            last_frame = int((t - 1) * t_factor)
-            position += max(last_frame + 1, h, w)
+            position += positions_taken(t, h, w, t_factor)
             done = offset + length
         text = len(input_tokens) - done
         pieces.append(np.broadcast_to(np.arange(text) + position, (3, text)))

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from vllm.exceptions import VLLMValidationError
@@ -25,6 +25,7 @@ from hiprune_vllm.engine.identity import (
     KnownImages,
     identify,
     names,
+    of_kind,
     with_budget,
 )
 from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
@@ -45,6 +46,9 @@ from hiprune_vllm.plan import (
     with_seed,
 )
 from hiprune_vllm.pruning.budget import ImageBudget
+
+THIRD: Final = PruningPlan(ratio=1 / 3)
+"""What a family's proof at start-up prunes its dummy picture to."""
 
 
 @dataclass(frozen=True)
@@ -185,15 +189,16 @@ class PrunedProcessor(CachedProcessing):
         if encoder is None or not images:
             return super().apply(plain, *args, **kwargs)
         plain = identify(plain)
-        hashes = {name: list(items) for name, items in super()._get_mm_hashes(plain).items()}
+        hashes = {name: list(items) for name, items in self._get_mm_hashes(plain).items()}
         options, tokens = plain.hf_processor_mm_kwargs, self.pruning.family.tokens
         counts = [
             self._known.count(images, i, identity, partial(tokens, self.info, images, i, options))
             for i, identity in enumerate(hashes["image"])
         ]
         try:
-            # The very object that `get_dummy_inputs` hands over: no request can bring it.
-            measured = inputs.hf_processor_mm_kwargs.get(FIELD) is FULL
+            # The very objects that the server's own dummy pictures come with: no request has them.
+            given = inputs.hf_processor_mm_kwargs.get(FIELD)
+            measured = given is FULL or given is THIRD
             limits = NO_LIMITS if measured else self.pruning.limits
             if not measured:
                 limits.check_images([count.full for count in counts])
@@ -242,27 +247,7 @@ class PrunedProcessor(CachedProcessing):
         return wish if isinstance(wish, PruningPlan) else self.pruning.parse(wish, name=name)
 
     def _check(self, result: Any, budgets: Sequence[ImageBudget]) -> None:
-        """Refuses prompts whose 3-D positions could not be told from the prompt alone.
-
-        The worker finds pruned images by their placeholder tokens, and text that follows tells
-        where decoding goes on.
-        """
-        config = self.info.ctx.model_config.hf_config
-        media = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
-        if not self.info.ctx.model_config.uses_mrope or all(b.is_full for b in budgets):
-            return
-        prompt, places = result["prompt_token_ids"], result["mm_placeholders"]
-        expected = sum(place.length for kind in places.values() for place in kind)
-        if sum(token in media for token in prompt) != expected:
-            raise VLLMValidationError(
-                "the text must not contain the image or video placeholder token where an image "
-                "is pruned",
-                parameter=FIELD,
-            )
-        if prompt[-1] in media:
-            raise VLLMValidationError(
-                "text must follow a pruned image, the prompt ends with one", parameter=FIELD
-            )
+        """Refuses a prompt that a family cannot serve with these budgets; most can serve all."""
 
     def _resolved(
         self,
@@ -297,7 +282,14 @@ class PrunedProcessor(CachedProcessing):
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         if isinstance(inputs, _ResolvedInputs):
             return inputs.hashes
-        return super()._get_mm_hashes(inputs)
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        hashes = dict(super()._get_mm_hashes(inputs))
+        for modality, items in inputs.mm_data_items.items():
+            if modality == "image" and not isinstance(items, EmbeddingItems | DictEmbeddingItems):
+                continue
+            kind = type(items).__name__
+            hashes[modality] = [of_kind(one, kind, algorithm) for one in hashes[modality]]
+        return hashes
 
     def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
         check_places(token_ids, mm_prompt_updates)

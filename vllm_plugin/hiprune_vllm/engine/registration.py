@@ -1,5 +1,8 @@
 """Puts the pruned model classes in the place of vLLM's own."""
 
+from hiprune_vllm.engine.releases import is_tested
+from hiprune_vllm.engine.secret import share
+
 CLASSES = {
     "LlavaForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlava",
     "LlavaNextForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlavaNext",
@@ -9,13 +12,18 @@ CLASSES = {
 
 
 def register_models() -> None:
-    """Registers `CLASSES` with vLLM; may run several times in a process."""
+    """Registers `CLASSES` with vLLM; may run several times in a process.
+
+    Refuses no release of vLLM: a text-only model is none of this plugin's business. The gate stands
+    where the classes are imported.
+    """
     import vllm
     from vllm import ModelRegistry
 
-    from hiprune_vllm.engine.compat import charge_whole_images, check_version
-
-    check_version(vllm.__version__)
+    share()
     for architecture, path in CLASSES.items():
         ModelRegistry.register_model(architecture, path)
-    charge_whole_images(CLASSES)
+    if is_tested(vllm.__version__):
+        from hiprune_vllm.engine.compat import charge_whole_images
+
+        charge_whole_images(CLASSES)

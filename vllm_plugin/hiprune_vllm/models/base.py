@@ -74,20 +74,59 @@ class Trace:
     parts: list[TracedPart] = field(default_factory=list)
 
 
+class Part(NamedTuple):
+    """What is to be chosen from one part (tile) of an image.
+
+    Attributes:
+        number: of the tile, 0 for an image in one part.
+        full: tokens that it has.
+        region: where in its grid tokens may be kept.
+        keep: how many are kept.
+    """
+
+    number: int
+    full: int
+    region: Region
+    keep: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept of an image.
+
+    Attributes:
+        parts: that it was chosen from, those that keep something.
+        kept: indices in each of them, (keep,) int64.
+    """
+
+    parts: tuple[Part, ...]
+    kept: tuple[torch.Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Image:
     """One image to encode.
 
     Attributes:
         budget: what to keep.
-        known: what was kept of it before, (kept,) indices for each of its parts (tiles); None for
-            an image that is new.
+        known: what was kept before of the image that is believed to be this one; None for one that
+            is new.
         trace: notes how, where somebody asks.
     """
 
     budget: ImageBudget
-    known: tuple[torch.Tensor, ...] | None = None
+    known: Selection | None = None
     trace: Trace | None = None
+
+    def known_of(self, parts: tuple[Part, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Indices kept before, one tensor for each of `parts`; None where there are none.
+
+        A selection from other parts is none, whoever remembered it: another picture under the same
+        `uuid` may have other tiles, and rows that do not fit the prompt would end the engine. The
+        plans are compared and not the indices, which are on the device.
+        """
+        known = self.known
+        return known.kept if known is not None and known.parts == parts else None
 
 
 class View(NamedTuple):
@@ -111,11 +150,11 @@ class Encoded:
 
     Attributes:
         embeddings: (budget.keep, width), what the language model sees.
-        kept: indices for each of its parts, to be remembered; None for an unpruned image.
+        selection: to be remembered; None for an unpruned image.
     """
 
     embeddings: torch.Tensor
-    kept: tuple[torch.Tensor, ...] | None
+    selection: Selection | None
 
 
 class FamilyAdapter(Protocol):
@@ -135,6 +174,17 @@ class FamilyAdapter(Protocol):
         """Visual tokens of `images[index]`, by vLLM's own arithmetic in its processing `info`.
 
         `options` are the processor options of the request, which may change an image's size.
+        """
+        ...
+
+    def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
+        """Visual tokens that one image has by what the processor made of it.
+
+        Counted from the inputs' shapes, to be held against `tokens` once at start-up.
+
+        Args:
+            hf_config: the checkpoint's configuration.
+            inputs: the model's own multimodal inputs of one image, without a batch dimension.
         """
         ...
 

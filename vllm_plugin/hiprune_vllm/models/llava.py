@@ -7,10 +7,11 @@ import torch
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import Colour, Encoded, Image, View, shown
-from hiprune_vllm.models.tiles import Tile, encode_tiles, tile_encoder
+from hiprune_vllm.models.base import Colour, Encoded, Image, Part, Selection, View, shown
+from hiprune_vllm.models.tiles import Tile, encode_tiles, tile_columns, tile_encoder
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.record import SumOverRanks
+from hiprune_vllm.pruning.select import Region
 
 
 def check_scaled(image_processor: Any, size: Any) -> None:
@@ -47,6 +48,11 @@ class LlavaAdapter:
         count = info.get_max_image_tokens()  # every picture is scaled to one tile
         return TokenCount(count, count)
 
+    def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
+        _, rows, columns = inputs["pixel_values"].shape
+        patch: int = hf_config.vision_config.patch_size
+        return (rows // patch) * (columns // patch)
+
     def embed(
         self,
         model: Any,
@@ -55,21 +61,23 @@ class LlavaAdapter:
         **kwargs: object,
     ) -> list[Encoded]:
         pixels = model._parse_and_validate_image_input(**kwargs)["pixel_values"]
-        tiles = [
-            Tile(
-                pixels[i],
-                image.budget,
-                known=image.known[0] if image.known else None,
-                trace=image.trace,
+        columns = tile_columns(model.config)
+        whole = Region(0, columns, 0, columns)
+        parts = [(Part(0, whole.size, whole, image.budget.keep),) for image in images]
+        tiles = []
+        for i, image in enumerate(images):
+            known = image.known_of(parts[i])
+            tiles.append(
+                Tile(pixels[i], image.budget, known=known[0] if known else None, trace=image.trace)
             )
-            for i, image in enumerate(images)
-        ]
         encoder = self.encoder(model.config)
         kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks)
         projected = model.multi_modal_projector(torch.cat(kept)).split([len(i) for i in indices])
         return [
-            Encoded(embeddings, None if image.budget.is_full else (index,))
-            for image, embeddings, index in zip(images, projected, indices, strict=True)
+            Encoded(embeddings, None if image.budget.is_full else Selection(of_image, (index,)))
+            for image, of_image, embeddings, index in zip(
+                images, parts, projected, indices, strict=True
+            )
         ]
 
     def views(

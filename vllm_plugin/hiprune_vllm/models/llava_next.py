@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from hiprune_vllm.models.base import Colour, Encoded, Image, View, shown
+from hiprune_vllm.models.base import Colour, Encoded, Image, Part, Selection, View, shown
 from hiprune_vllm.models.tiles import Tile, encode_tiles, tile_columns, tile_encoder
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget, spread
@@ -66,6 +66,19 @@ class LlavaNextAdapter:
         regions = self._regions(info.get_hf_config(), (size.height, size.width))
         return TokenCount(full, sum(region.size for region in regions))
 
+    def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
+        """Of the base tile, and of the picture in the grid of tiles, a newline behind each row."""
+        height, width = (int(side) for side in inputs["image_sizes"])
+        tiles, _, side, _ = inputs["pixel_values"].shape
+        columns = side // hf_config.vision_config.patch_size
+        grid = self._grid(hf_config, (height, width))
+        if tiles != 1 + grid[0] * grid[1]:
+            raise RuntimeError(
+                f"version drift: expected 1 + {grid} tiles of a picture, got {tiles}"
+            )
+        region = picture_region((height, width), grid, columns)
+        return int(columns**2 + region.size + region.bottom - region.top)
+
     def embed(
         self,
         model: Any,
@@ -76,13 +89,11 @@ class LlavaNextAdapter:
         inputs = model._parse_and_validate_image_input(**kwargs)
         sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"].tolist()]
         tiles: list[Tile] = []
-        places: list[list[int]] = []  # numbers of the tiles that keep something, image by image
+        parts: list[tuple[Part, ...]] = []
         for pixels, size, image in zip(inputs["pixel_values"], sizes, images, strict=True):
-            shares = self._shares(model.config, size, image.budget)
-            places.append([number for number, (_, share) in enumerate(shares) if share])
-            known = iter(image.known or ())
-            for number in places[-1]:
-                region, share = shares[number]
+            parts.append(self._parts(model.config, size, image.budget))
+            known = iter(image.known_of(parts[-1]) or ())
+            for number, _, region, share in parts[-1]:
                 budget = image.budget.part(region.size, share, number)
                 tile = Tile(pixels[number], budget, region, next(known, None), number, image.trace)
                 tiles.append(tile)
@@ -90,9 +101,9 @@ class LlavaNextAdapter:
         kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks)
         projected = model.multi_modal_projector(torch.cat(kept)).split([len(i) for i in indices])
         encoded, first = [], 0
-        for numbers, size, image in zip(places, sizes, images, strict=True):
-            of_image = slice(first, first + len(numbers))
-            first += len(numbers)
+        for of_parts, size, image in zip(parts, sizes, images, strict=True):
+            of_image = slice(first, first + len(of_parts))
+            first += len(of_parts)
             if image.budget.is_full:
                 merged = model._merge_image_patch_embeddings(
                     torch.tensor(size), torch.stack(projected[of_image]), strategy="spatial_unpad"
@@ -100,9 +111,10 @@ class LlavaNextAdapter:
                 encoded.append(Encoded(merged, None))
                 continue
             grid, columns = self._grid(model.config, size), tile_columns(model.config)
+            numbers = [part.number for part in of_parts]
             order = merged_order(numbers, indices[of_image], grid, columns)
             merged = torch.cat(projected[of_image])[order]
-            encoded.append(Encoded(merged, tuple(indices[of_image])))
+            encoded.append(Encoded(merged, Selection(of_parts, tuple(indices[of_image]))))
         return encoded
 
     def views(
@@ -127,17 +139,19 @@ class LlavaNextAdapter:
     def _regions(self, config: Any, size: tuple[int, int]) -> list[Region]:
         return tile_regions(size, self._grid(config, size), tile_columns(config))
 
-    def _shares(
-        self, config: Any, size: tuple[int, int], budget: ImageBudget
-    ) -> list[tuple[Region, int]]:
-        """Region and number of kept tokens of every tile; whole tiles for an unpruned image."""
-        regions = self._regions(config, size)
+    def _parts(self, config: Any, size: tuple[int, int], budget: ImageBudget) -> tuple[Part, ...]:
+        """Tiles that keep something; all of them, whole, of an unpruned image."""
+        regions, columns = self._regions(config, size), tile_columns(config)
         if budget.is_full:
-            columns = tile_columns(config)
-            return [(Region(0, columns, 0, columns), columns**2) for _ in regions]
+            whole = Region(0, columns, 0, columns)
+            return tuple(Part(i, whole.size, whole, whole.size) for i in range(len(regions)))
         caps = [region.size for region in regions]
         shares = spread(budget.keep, [int(cap > 0) for cap in caps], caps)
-        return list(zip(regions, shares, strict=True))
+        return tuple(
+            Part(number, columns**2, region, share)
+            for number, (region, share) in enumerate(zip(regions, shares, strict=True))
+            if share
+        )
 
 
 def merged_order(

@@ -11,6 +11,8 @@ from hiprune_vllm.models.base import (
     Colour,
     Encoded,
     Image,
+    Part,
+    Selection,
     TooShallow,
     TracedPart,
     View,
@@ -22,6 +24,7 @@ from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.positions import encode_positions, no_positions
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
+from hiprune_vllm.pruning.select import Region
 from hiprune_vllm.tuning import chosen
 
 Grid = tuple[int, int, int]
@@ -66,6 +69,14 @@ class Qwen25VLAdapter:
         )
         return TokenCount(count, count)
 
+    def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
+        patches, grid = len(inputs["pixel_values"]), inputs["image_grid_thw"].tolist()
+        if grid[0] != 1 or grid[1] * grid[2] != patches:
+            raise RuntimeError(
+                f"version drift: expected a patch for each place of the grid, got {grid}, {patches}"
+            )
+        return patches // int(hf_config.vision_config.spatial_merge_size) ** 2
+
     def embed(
         self,
         model: Any,
@@ -85,7 +96,12 @@ class Qwen25VLAdapter:
             sum_over_ranks=sum_over_ranks,
             spans=_spans([t * h * w for t, h, w in grids]),
         )
-        new = {i: image.budget for i, image in enumerate(images) if image.known is None}
+        size = visual.spatial_merge_size
+        parts = [
+            _parts(grid, size, image.budget) for grid, image in zip(grids, images, strict=True)
+        ]
+        known = [image.known_of(part) for image, part in zip(images, parts, strict=True)]
+        new = {i: image.budget for i, image in enumerate(images) if known[i] is None}
         traced = {
             i: (image.trace.layer, image.trace.score)
             for i, image in enumerate(images)
@@ -97,7 +113,7 @@ class Qwen25VLAdapter:
         places = metadata["reverse_indices"]
         kept_tokens = sum(image.budget.keep for image in images)
         metadata["reverse_indices"] = torch.arange(kept_tokens, device=places.device)
-        unit, size = visual.spatial_merge_unit, visual.spatial_merge_size
+        unit = visual.spatial_merge_unit
         spans = _spans([image.budget.full for image in images])
         kept: list[torch.Tensor] = []
 
@@ -108,7 +124,7 @@ class Qwen25VLAdapter:
                 (layer, score, image): values.view(-1, unit).mean(dim=1)[of_images[image]]
                 for (layer, score, image), values in scores.items()
             }
-            kept.extend(self._chosen(encoder, images, grids, size, of_tokens, device))
+            kept.extend(self._chosen(encoder, images, known, grids, size, of_tokens, device))
             return [here[index] for here, index in zip(of_images, kept, strict=True)]
 
         def choose_patches() -> list[Kept]:
@@ -144,19 +160,21 @@ class Qwen25VLAdapter:
         with recorder.recording(wanted) as scores, shortened:
             merged = visual(pixels, grid_thw=grids, encoder_metadata=metadata)
         encoded = []
-        parts = merged.split([image.budget.keep for image in images])
-        for image, grid, index, part in zip(images, grids, kept, parts, strict=True):
+        embeddings = merged.split([image.budget.keep for image in images])
+        for i, (image, index, rows) in enumerate(zip(images, kept, embeddings, strict=True)):
             if image.budget.is_full:
-                encoded.append(Encoded(torch.cat([part, no_positions(len(part), part)], 1), None))
+                encoded.append(Encoded(torch.cat([rows, no_positions(len(rows), rows)], 1), None))
                 continue
-            positions = encode_positions(index, grid[2] // size, part.dtype)
-            encoded.append(Encoded(torch.cat([part, positions], dim=1), (index,)))
+            positions = encode_positions(index, grids[i][2] // size, rows.dtype)
+            selection = Selection(parts[i], (index,))
+            encoded.append(Encoded(torch.cat([rows, positions], dim=1), selection))
         return encoded
 
     def _chosen(
         self,
         encoder: Encoder,
         images: Sequence[Image],
+        known: Sequence[tuple[torch.Tensor, ...] | None],
         grids: Sequence[Grid],
         merge: int,
         scores: Mapping[tuple[int, str, int], torch.Tensor],
@@ -165,7 +183,7 @@ class Qwen25VLAdapter:
         """Kept indices of every image, known or chosen; images of one size are chosen together."""
         groups: dict[Grid, dict[int, ImageBudget]] = {}
         for i, (image, grid) in enumerate(zip(images, grids, strict=True)):
-            if image.known is None:
+            if known[i] is None:
                 groups.setdefault(grid, {})[i] = image.budget
         found: dict[int, torch.Tensor] = {}
         for grid, budgets in groups.items():
@@ -179,7 +197,8 @@ class Qwen25VLAdapter:
             )
         indices = []
         for i, image in enumerate(images):
-            index = image.known[0] if image.known else found[i]
+            before = known[i]
+            index = found[i] if before is None else before[0]
             indices.append(index)
             if (trace := image.trace) is not None:
                 at_object, at_output = (
@@ -203,6 +222,13 @@ class Qwen25VLAdapter:
         )[:, :, :, :, :, 0]  # a still image is the same frame twice
         pixels = blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, cols * patch)
         return [View(0, 0, 0, shown(pixels, mean, std))]
+
+
+def _parts(grid: Grid, merge: int, budget: ImageBudget) -> tuple[Part]:
+    """A picture is one part."""
+    _, rows, columns = grid
+    whole = Region(0, rows // merge, 0, columns // merge)
+    return (Part(0, budget.full, whole, budget.keep),)
 
 
 @contextmanager

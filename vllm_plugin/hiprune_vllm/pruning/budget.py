@@ -12,6 +12,9 @@ BUFFERS: Final = tuple(NEIGHBOURS_PER_ANCHOR)
 SCORES: Final = ("global", "cls")
 METHODS: Final = ("hiprune", "attention", "random", "stride")
 
+BUDGET_INTS: Final = 8
+"""Length of `ImageBudget.to_ints`."""
+
 _FULL: Final = "full"
 _METHOD_CODES: Final = (*METHODS, _FULL)
 _FLOAT, _FLOAT_BITS = struct.Struct("<d"), struct.Struct("<q")
