@@ -249,13 +249,25 @@ def test_bad_plans_are_400_and_the_next_request_works(server, plan, field, messa
     assert server.post("/v1/chat/completions", body).status_code == 200
 
 
-@pytest.mark.parametrize("field", ["mm_processor_kwargs", "media_io_kwargs"])
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("mm_processor_kwargs", {"hiprune": {"tokens": 5}}),
+        ("media_io_kwargs", {"image": {"image_mode": "L"}}),
+    ],
+)
 @pytest.mark.parametrize("plan", [{}, {"hiprune": {"tokens": 5}}])
-def test_a_clients_own_processor_options_meet_vllms_refusal(server, field, plan):
+def test_a_clients_own_processor_options_meet_vllms_refusal(server, field, options, plan):
     with pytest.raises(BadRequestError) as error:
-        server.ask([CAT], extra_body={field: {"hiprune": {"tokens": 5}}, **plan})
+        server.ask([CAT], extra_body={field: options, **plan})
     assert error.value.param == field
     assert "--trust-request-mm-kwargs" in error.value.message
+
+
+def test_a_budget_among_the_options_of_loading_is_refused(server):
+    with pytest.raises(BadRequestError) as error:
+        server.ask([CAT], extra_body={"media_io_kwargs": {"hiprune": {"tokens": 5}}})
+    assert error.value.param == "media_io_kwargs.hiprune"
 
 
 @pytest.mark.parametrize(
