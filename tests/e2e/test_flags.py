@@ -148,8 +148,8 @@ def four_pictures_at_most(server: Server) -> None:
 
 
 SMALL_STEPS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "16")
-# 77 blocks of 16 tokens (one is vLLM's own): two pictures in full, and no room for both answers.
-SMALL_CACHE = ("--max-model-len", "1216", "--block-size", "16", "--num-gpu-blocks-override", "78")
+# 39 blocks of 32 tokens, one more is vLLM's own: two pictures in full, no room for the answers.
+SMALL_CACHE = ("--max-model-len", "1216", "--block-size", "32", "--num-gpu-blocks-override", "40")
 LIMITS = ("--limit-mm-per-prompt", '{"image": 4}', "--root-path", "/models")
 
 Check = Callable[[Server], None]
