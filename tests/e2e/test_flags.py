@@ -155,7 +155,6 @@ LIMITS = ("--limit-mm-per-prompt", '{"image": 4}', "--root-path", "/models")
 Check = Callable[[Server], None]
 SETS: dict[str, tuple[tuple[str, ...], Check]] = {
     "preempted in steps of 64 tokens": ((*SMALL_STEPS, *SMALL_CACHE), preempted),
-    "preempted": (SMALL_CACHE, preempted),
     "steps of 64 tokens": (SMALL_STEPS, nothing_more),
     "steps of 600 tokens": (("--max-num-batched-tokens", "600"), nothing_more),
     "pictures in shared memory": (("--mm-processor-cache-type", "shm"), nothing_more),
