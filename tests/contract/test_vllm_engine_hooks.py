@@ -7,14 +7,21 @@ import inspect
 import pickle
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.model_executor.models import config as model_configs
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from hiprune_server.demo import CHECKPOINT
-from hiprune_vllm.engine.compat import check_engine
+from hiprune_vllm.engine.compat import (
+    ADAPTER_OPERATIONS,
+    check_engine,
+    keep_adapters_to_their_requests,
+)
 from hiprune_vllm.engine.registration import CLASSES
 from hiprune_vllm.engine.scheduling import WholeImageBudget
 
@@ -74,3 +81,32 @@ def test_the_older_runner_reads_what_is_switched_off_where_a_step_has_no_media()
     assert "req_state = self.requests[req_id]" in source
     assert "req_state.num_computed_tokens + shift_computed_tokens" in source
     assert "mm_features = req_state.mm_features" in source
+
+
+def test_rows_without_an_adapter_would_get_the_last_one_and_now_get_none(monkeypatch):
+    for module in (lora_ops, punica_cpu):
+        for name in ADAPTER_OPERATIONS:
+            operation = getattr(module, name)
+            monkeypatch.setattr(module, name, getattr(operation, "of_vllm", operation))
+    rows, adapters = torch.ones(3, 4), torch.tensor([0, -1, 1])
+    weights = torch.stack([torch.full((2, 4), 1.0), torch.full((2, 4), 10.0)])
+
+    def added(name, *more):
+        found = torch.zeros(3, 2)
+        getattr(punica_cpu, name)(rows, weights, found, *more)
+        return found[:, 0].tolist()
+
+    lengths = torch.ones(3, dtype=torch.int64)
+    prefill = (lengths.cumsum(0), lengths, adapters, 3, 1, 3)
+    calls = [
+        ("bgmv_shrink", adapters, 1.0),
+        ("bgmv_expand", adapters, True),
+        ("bgmv_expand_slice", adapters, 0, 2, True),
+        ("sgmv_shrink", *prefill, 1.0),
+        ("sgmv_expand", *prefill, True),
+        ("sgmv_expand_slice", *prefill, 0, 2, True),
+    ]
+    assert [added(*call) for call in calls] == [[4, 40, 40]] * 6  # "remove when" this fails
+    keep_adapters_to_their_requests()
+    keep_adapters_to_their_requests()
+    assert [added(*call) for call in calls] == [[4, 0, 40]] * 6

@@ -122,7 +122,7 @@ def run_family(path, family):
 
 
 def run_llava(path, other, adapter):
-    """Also: an adapter of the language model and none, then another checkpoint's weights."""
+    """Also: an adapter of the language model beside none, then another checkpoint's weights."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -130,13 +130,10 @@ def run_llava(path, other, adapter):
     items = [request(photo(name), {"tokens": 64}) for name in ("coffee", "chelsea")]
     lora = LoRARequest("tiny", 1, adapter)
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=-1)
-    # One after the other: vLLM's CPU engine, without this plugin too and with text alone, lets an
-    # adapter act on the other requests of a batch.
-    outputs = [
-        output
-        for adapter_of_both in (lora, None)
-        for output in llm.generate(items, sampling, use_tqdm=False, lora_request=adapter_of_both)
-    ]
+    # In one batch: nobody's adapter may act on the others' requests.
+    outputs = llm.generate(
+        items * 2, sampling, use_tqdm=False, lora_request=[lora, lora, None, None]
+    )
     adapted = [
         {
             "tokens": list(output.outputs[0].token_ids),

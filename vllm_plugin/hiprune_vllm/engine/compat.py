@@ -217,6 +217,44 @@ def leave_positions_of_text() -> None:
     GPUModelRunner._gather_mm_embeddings = gather_for_media
 
 
+ADAPTER_OPERATIONS: Final = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+"""Of the CPU engine; each takes rows, weights by adapter, the output and each row's adapter."""
+
+
+def keep_adapters_to_their_requests() -> None:
+    """Makes the CPU engine leave requests without an adapter alone; changes nothing elsewhere.
+
+    Symptom: on the CPU engine a request for the served model itself is answered as by another
+        request's adapter (LoRA) that is in the same batch, without this plugin as well.
+    Cause: rows without an adapter have the number -1, which there picks the last one.
+    Change: such rows are zero on their way in, so that they add nothing. Idempotent.
+    Remove when: vLLM's operations in plain torch pass over -1, as its kernels do.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ADAPTER_OPERATIONS:
+        operation = getattr(lora_ops, name)
+        if hasattr(operation, "of_vllm"):
+            continue
+        changed = _for_rows_with_adapter(operation)
+        # The wrapper has names of its own; operations for prefills call those of the module.
+        setattr(lora_ops, name, changed)
+        setattr(punica_cpu, name, changed)
+
+
+def _for_rows_with_adapter(operation: Callable[..., None]) -> Callable[..., None]:
+    @wraps(operation)
+    def pass_over(
+        inputs: Any, weights: Any, output: Any, adapters: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        rows = inputs * (adapters >= 0).unsqueeze(1)
+        operation(rows, weights, output, adapters, *args, **kwargs)
+
+    pass_over.of_vllm = operation  # type: ignore[attr-defined]
+    return pass_over
+
+
 def _after_cpu_load(then: Callable[[Any], None]) -> None:
     """Runs `then` with every CPU model runner that has loaded its model.
 

@@ -16,6 +16,7 @@ from vllm.distributed import (
 from hiprune_vllm.engine.compat import (
     check_engine,
     forget_with_caches,
+    keep_adapters_to_their_requests,
     let_cpu_runner_receive,
 )
 from hiprune_vllm.engine.secret import keyed
@@ -78,6 +79,8 @@ class PrunedModel(torch.nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
         forget_with_caches()
+        if vllm_config.lora_config is not None:
+            keep_adapters_to_their_requests()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._kept_before: LRUCache[Key, Selection] = LRUCache(REMEMBERED_IMAGES)
 
