@@ -71,6 +71,20 @@ def pictures(questions: int) -> list[Picture]:
     return found
 
 
+def drawn_as(url: str, draw: int) -> str:
+    """The same picture as another file, of which a server makes another random draw.
+
+    What follows the end of a PNG is no part of the picture.
+
+    Args:
+        url: a data URL.
+        draw: number of the draw.
+    """
+    head, _, data = url.partition(",")
+    file = base64.b64decode(data) + f"draw {draw}".encode()
+    return f"{head},{base64.b64encode(file).decode()}"
+
+
 def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -170,10 +184,8 @@ async def _ask(
     client: httpx.AsyncClient, model: str, cell: Cell, picture: Picture, number: int
 ) -> Answer:
     text, expected, kind = picture.questions[number]
-    part: dict[str, Any] = {"type": "image_url", "image_url": {"url": picture.url}}
-    if cell.plan.get("method") == "random":
-        # The server's draw depends on the picture's identity, which a client may choose.
-        part["uuid"] = f"picture-{picture.number}-draw-{cell.seed}"
+    url = drawn_as(picture.url, cell.seed) if cell.plan.get("method") == "random" else picture.url
+    part = {"type": "image_url", "image_url": {"url": url}}
     body: dict[str, Any] = {
         "model": model,
         "temperature": 0,

@@ -96,12 +96,16 @@ def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def runner(llm: Any) -> Any:
+    """The model runner of an in-process engine."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 @contextmanager
 def pixels_of_steps(llm: Any) -> Iterator[list[int]]:
     """Notes how many pixel values an in-process engine moves to the device in every step."""
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    model, steps = worker_model(llm), []
-    step, embed = runner._execute_mm_encoder, model.embed_multimodal
+    of_worker, model, steps = runner(llm), worker_model(llm), []
+    step, embed = of_worker._execute_mm_encoder, model.embed_multimodal
 
     def note_step(*args: Any, **kwargs: Any) -> Any:
         steps.append(0)
@@ -114,11 +118,11 @@ def pixels_of_steps(llm: Any) -> Iterator[list[int]]:
         steps[-1] += kwargs["pixel_values"].numel()
         return embed(**kwargs)
 
-    runner._execute_mm_encoder, model.embed_multimodal = note_step, note_pixels
+    of_worker._execute_mm_encoder, model.embed_multimodal = note_step, note_pixels
     try:
         yield steps
     finally:
-        del runner._execute_mm_encoder
+        del of_worker._execute_mm_encoder
         del model.embed_multimodal
 
 

@@ -210,7 +210,7 @@ def test_an_encoder_of_its_own_hands_over_kept_tokens_and_their_positions(
         assert ask_all(server, families[name]) == expected
         assert server.total("hiprune_selection_seconds_count") == 0  # nothing was encoded here
         # What the encoder has not seen is encoded here.
-        new = ([photo("coins").resize((224, 224))], 32, "hiprune")
+        new = ([photo("hubble").resize((224, 224))], 32, "hiprune")
         assert told(ask(server, new))[0][0]["tokens_kept"] == 32
         assert server.total("hiprune_selection_seconds_count") == 1
 

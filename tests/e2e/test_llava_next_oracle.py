@@ -12,6 +12,8 @@ from tests.e2e.offline import (
     in_new_process,
     one_by_one,
     request,
+    runner,
+    scheduler,
     spy_on_selection,
     worker_model,
 )
@@ -104,8 +106,9 @@ def run(path, names):
     forget(llm)
     wish = request(picture("square"), {"tokens": 400})
     first = generate(llm, [wish])[0]
-    llm.llm_engine.reset_mm_cache()
-    llm.llm_engine.reset_encoder_cache()
+    # The encoder's outputs alone are lost: with the caches' resets the selections would be, too.
+    scheduler(llm).encoder_cache_manager.reset()
+    runner(llm).encoder_cache.clear()
     with spy_on_selection() as chosen_again:
         again = generate(llm, [{**wish, "prompt": wish["prompt"] + "x"}])[0]
         results["again"] = generate(llm, [wish])[0] == first and again["tokens"] is not None
@@ -183,7 +186,7 @@ def test_pictures_of_odd_sizes_are_served(engine_results):
     (_, least, _), *_ = results["odd"]
     for full, kept, drawn in results["odd"]:
         assert kept == drawn == least
-        assert full > kept + 576
+        assert full >= kept - 20 + 576  # the base tile, and what the grid shows of the picture
 
 
 def test_pictures_with_different_grids_in_one_request(engine_results, oracle):

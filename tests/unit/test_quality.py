@@ -1,5 +1,6 @@
 """The evaluation's arithmetic, exactly known: a mock server answers as it is told."""
 
+import base64
 import csv
 import json
 import re
@@ -85,8 +86,11 @@ CELL = ("method", "tokens", "alpha", "object_layer", "buffer", "score")
 
 
 def asked_of(body):
+    """URL and text; a draw of random has its number behind the picture."""
     image, text = body["messages"][0]["content"]
-    return image["image_url"]["url"], text["text"]
+    head, _, data = image["image_url"]["url"].partition(",")
+    picture = base64.b64decode(data).partition(b"draw ")[0]
+    return f"{head},{base64.b64encode(picture).decode()}", text["text"]
 
 
 def test_accuracy_is_the_share_of_right_answers_with_pictures_as_clusters():
@@ -166,7 +170,7 @@ def test_the_report_shows_exactly_what_the_server_did(tmp_path, key):
     assert {(m, str(t or ""), share[m, t]) for m, t in share} <= listed
     assert found["ablation"]
     draws = [
-        body["messages"][0]["content"][0]["uuid"]
+        body["messages"][0]["content"][0]["image_url"]["url"]
         for body in seen
         if "random" in str(body.get("hiprune"))
     ]
