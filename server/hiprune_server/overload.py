@@ -14,6 +14,8 @@ logger = init_logger(f"vllm.{__name__}")  # as its own: else nobody sees it
 
 REQUESTS: Final = 4
 """Requests in the engine, over those that run at a time: as many again wait up to three times."""
+FEWEST: Final = 32
+"""Requests in the engine where few run at a time: a page's worth of questions is no overload."""
 STEPS: Final = 64
 """Full prefill steps of prompt tokens that may wait."""
 PROMPTS: Final = 4
@@ -36,7 +38,8 @@ def bound_the_queue(engine_client: Any, args: argparse.Namespace | Any) -> None:
     scheduler = vllm.scheduler_config
     share = vllm.parallel_config.data_parallel_size / max(1, args.api_server_count or 1)
     if scheduler.max_num_queued_reqs is None:
-        scheduler.max_num_queued_reqs = math.ceil(REQUESTS * scheduler.max_num_seqs * share)
+        requests = max(REQUESTS * scheduler.max_num_seqs, FEWEST)
+        scheduler.max_num_queued_reqs = math.ceil(requests * share)
     if scheduler.max_num_queued_tokens is None:
         steps = STEPS * scheduler.max_num_batched_tokens
         least = PROMPTS * vllm.model_config.max_model_len

@@ -23,6 +23,10 @@ from hiprune_vllm.engine.rotary import rotary_rows
 from tests.reference import random_llava
 from tests.reference.checkpoints import build_llava_next, build_qwen2_5_vl
 
+# They make engine configurations, which need a platform and a release that is listed.
+pytestmark = pytest.mark.installed_release
+
+
 BUILDERS = {
     "llava": random_llava.build,
     "llava_next": build_llava_next,

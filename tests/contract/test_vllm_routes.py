@@ -10,12 +10,19 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute, Mount, WebSocketRoute
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hiprune_server.auth import ADMINISTRATION, OPEN
 from hiprune_server.places import READ
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ModuleNotFoundError:  # from 0.33 on
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+
+# They make engine configurations, which need a platform and a release that is listed.
+pytestmark = pytest.mark.installed_release
 
 KEY = {"authorization": "Bearer s3cret"}
 ADMINISTERS = re.compile(

@@ -52,6 +52,12 @@ def test_limits_fit_the_model_and_are_shared_out_among_processes():
     assert limits(Engine(), 3) == (14, 2134)
 
 
+def test_where_one_runs_at_a_time_some_may_wait():
+    engine = Engine()
+    engine.vllm_config.scheduler_config.max_num_seqs = 1
+    assert limits(engine, 1)[0] == 32
+
+
 def test_the_longest_prompts_fit_however_small_a_step_is():
     engine = Engine()
     engine.vllm_config.scheduler_config.max_num_batched_tokens = 2
