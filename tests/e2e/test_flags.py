@@ -166,7 +166,7 @@ SETS: dict[str, tuple[tuple[str, ...], Check]] = {
     "scheduled ahead": (("--async-scheduling",), nothing_more),
     "not scheduled ahead": (("--no-async-scheduling",), nothing_more),
 }
-SAMPLE = {(DEMO, "preempted in steps of 64 tokens"), (QWEN, "preempted in steps of 64 tokens")}
+SAMPLE = {(QWEN, "preempted in steps of 64 tokens")}
 """What every run has: parts of pictures, encoded again after a preemption."""
 
 
