@@ -62,12 +62,12 @@ def fault(route: str, body: bytes) -> PlanError | None:
     allowed = PLACES.get(route, frozenset())
     for chain, text, is_key in _keys_and_texts(parsed):
         if not _encodable(text):
-            place = written(_path(chain)).encode(errors="backslashreplace").decode() or "body"
+            place = written(path_of(chain)).encode(errors="backslashreplace").decode() or "body"
             return PlanError(
                 place, "must be text of whole Unicode characters, got half of a surrogate pair"
             )
         if is_key and _means_a_budget(text):
-            path = _path(chain)
+            path = path_of(chain)
             general = tuple(EACH if isinstance(step, int) else step for step in path)
             if general not in allowed:
                 return PlanError(written(path), _advice(route, path, general))
@@ -111,7 +111,8 @@ def _keys_and_texts(value: Any) -> Iterator[tuple[Any, str, bool]]:
                 waiting.append(((chain, step), inner))
 
 
-def _path(chain: Any) -> Path:
+def path_of(chain: Any) -> Path:
+    """The path that a chain of (the way before, step) stands for; None begins one."""
     steps = []
     while chain is not None:
         chain, step = chain

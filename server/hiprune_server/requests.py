@@ -17,6 +17,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
 from hiprune_server.details import settled
+from hiprune_server.places import path_of, written
 from hiprune_server.rendering import STUMBLES, pictures_sent, refused
 from hiprune_server.wishes import tag
 from hiprune_vllm.plan import PlanError
@@ -75,18 +76,7 @@ def _large_integers(body: Any) -> Iterator[tuple[str, int]]:
             if isinstance(one, (dict, list)):
                 left.append((one, (place, key)))
             elif isinstance(one, int) and one not in INTEGERS:
-                yield _path((place, key)), one
-
-
-def _path(place: Place) -> str:
-    """A place as errors name it: `tools[0].a`."""
-    keys: list[Any] = []
-    while place is not None:
-        place, key = place
-        keys.append(key)
-    return "".join(
-        f"[{key}]" if isinstance(key, int) else f".{key}" for key in reversed(keys)
-    ).lstrip(".")
+                yield written(path_of((place, key))), one
 
 
 def _stumbling_block(
