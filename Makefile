@@ -5,7 +5,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 JOBS ?= 2
-VLLM ?= 0.33.0
+# The newest release that is served, in requirements/vllm.lock.
+NEWEST := 0.33.0
+VLLM ?= $(NEWEST)
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,7 +17,7 @@ IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
-	load load-ui lmms-env demo-model contract lint lock check-deploy docs-check gpu-check \
+	load load-ui lmms-env demo-model vllm test-vllm vllm-diff contract lint lock check-deploy docs-check gpu-check \
 	release-check sbom sbom-image wheel clean
 
 help: ## this list
@@ -113,9 +115,23 @@ lmms-env: venv ## set up lmms-eval's own environment (LMMS_VENV; see loadtests/q
 demo-model: venv ## train the demo model again (under an hour on 2 cores; goes on if interrupted)
 	$(BIN)/python -m hiprune_server.demo.training $(ARGS)
 
-contract: venv ## check the vLLM hooks against another release (VLLM=0.33.0), import only
-	$(BIN)/uv pip install --python $(BIN)/python --target build/vllm-$(VLLM) --no-deps vllm==$(VLLM) orjson
-	PYTHONPATH=build/vllm-$(VLLM) $(BIN)/python -m pytest tests/contract -m 'not installed_release' $(ARGS)
+# Of another release than the locked one; where its CPU extensions lack what it calls, it says so.
+VLLM_VENV = .venv-vllm-$(VLLM)
+$(VLLM_VENV)/.installed: $(STAMP) requirements/vllm.lock
+	$(BIN)/python -m tests.vllm_release.environment $(VLLM) $(VLLM_VENV)
+	@touch $@
+
+vllm: $(VLLM_VENV)/.installed ## set up an environment with another release of vLLM (VLLM=0.33.0) on the CPU engine
+
+test-vllm: vllm ## all tests under that release (ARGS="tests/contract" for some)
+	$(VLLM_VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+contract: vllm ## the vLLM hooks alone, under that release (a minute)
+	$(VLLM_VENV)/bin/python -m pytest tests/contract $(ARGS)
+
+vllm-diff: venv ## what that release changes of every hook that we rely on
+	$(BIN)/python -m tests.vllm_release.environment $(VLLM)
+	$(BIN)/python -m tests.vllm_release.differences "$$($(BIN)/python -m tests.vllm_release.environment)" build/vllm-$(VLLM)
 
 lint: venv ## ruff and the type checker
 	$(BIN)/ruff check .
@@ -129,6 +145,8 @@ lock: venv ## compile requirements/*.lock again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --constraints requirements/overrides.txt --excludes requirements/lmms-excluded.txt \
 		--output-file requirements/lmms.lock requirements/lmms.in
+	echo 'vllm==$(NEWEST)' | $(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url \
+		--no-header --output-file requirements/vllm.lock -
 	$(IMAGE_LOCK) --extra cpu --override requirements/overrides.txt \
 		--output-file requirements/image.lock pyproject.toml
 	$(IMAGE_LOCK) --output-file requirements/build.lock requirements/build.in

@@ -282,13 +282,12 @@ def serve(flags: Sequence[str], config: Config, defaults: Mapping[str, Any]) -> 
     # vLLM reads its environment when it is imported. The `vllm` command itself does not start
     # with the CPU re-packaging (it looks up a distribution named vllm); its parts do.
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from hiprune_server.endpoint import HiPruneEndpointPlugin
+    from hiprune_server.releases import cli_env_setup, make_arg_parser
 
     if current_platform.is_cpu():
         check_libraries()

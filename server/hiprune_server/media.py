@@ -23,6 +23,7 @@ from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConne
 from vllm.multimodal.media.image import ImageMediaIO
 
 from hiprune_server.pictures import PictureError, bound_pixels, read
+from hiprune_server.releases import MediaRequestDownloadSizeExceededError
 
 NAME: Final = "hiprune"
 """What VLLM_MEDIA_CONNECTOR names it by."""
@@ -55,11 +56,26 @@ class Pictures(ImageMediaIO):
         if self.image_mode != "RGB":  # the operator wants the picture's own
             return super().load_bytes(data)
         background = self.rgba_background_color
-        image = read(data, formats=ALLOWED_IMAGE_FORMATS, background=background)
+        formats = ALLOWED_IMAGE_FORMATS
+        image = read(data, formats=formats, background=background, admit=self._charge)
         # Its identity in all caches is made of the bytes and of what decided how they are read.
         return MediaWithBytes(
             image, data, {"image_mode": "RGB", "rgba_background_color": background}
         )
+
+    def _charge(self, pixels: int) -> None:
+        """Counts a picture to what its request may decode, where vLLM counts that (0.33)."""
+        budget = getattr(self, "decoded_budget", None)
+        if budget is None:
+            return
+        try:
+            budget.charge(4 * pixels)
+        except ValueError:
+            most = envs.VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES
+            raise PictureError(
+                f"a request's pictures must have at most {most} bytes once they are decoded, 4 a "
+                "pixel (VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES), with this one they have more"
+            ) from None
 
     def load_base64(self, media_type: str, data: str) -> Any:
         return self.load_bytes(from_base64(data))
@@ -149,6 +165,13 @@ def _whose(error: Exception) -> Exception:
         told = _of_status(error.response.status_code)
     elif isinstance(error, MediaDownloadSizeExceededError | HTTPResponseSizeExceededError):
         told = HTTPStatus.BAD_REQUEST, f"it has more than {error.max_bytes} bytes"
+    elif isinstance(error, MediaRequestDownloadSizeExceededError):
+        most = envs.VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB
+        told = (
+            HTTPStatus.BAD_REQUEST,
+            f"with it the request's downloads have more than {most} MiB "
+            "(VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB)",
+        )
     elif isinstance(error, TimeoutError | requests.Timeout):
         told = HTTPStatus.GATEWAY_TIMEOUT, "its host has not answered in time"
     elif isinstance(error, ValueError):

@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import numpy as np
@@ -65,7 +66,11 @@ def bound_pixels(most: int) -> None:
 
 
 def read(
-    data: bytes, *, formats: tuple[str, ...], background: tuple[int, int, int] = WHITE
+    data: bytes,
+    *,
+    formats: tuple[str, ...],
+    background: tuple[int, int, int] = WHITE,
+    admit: Callable[[int], None] | None = None,
 ) -> Image.Image:
     """Decodes a picture: its first frame or page, an icon's largest size, turned upright.
 
@@ -73,6 +78,8 @@ def read(
         data: as in a file.
         formats: Pillow's names of those that may be read.
         background: red, green and blue in [0, 255] of what is seen through the picture.
+        admit: is told how many pixels there are before they are decoded, and may raise a
+            PictureError.
 
     Returns:
         Mode RGB, 8 bits. A picture of other depths has each value's nearest: 16-bit grey is
@@ -87,6 +94,8 @@ def read(
         else:
             image = Image.open(io.BytesIO(data), formats=formats)
         _check_work(image, data)
+        if admit is not None:
+            admit(image.width * image.height)
         image.load()
         turn = _TURNS.get(_orientation(image))
         rgb = _rgb(image, data, background)

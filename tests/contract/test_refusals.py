@@ -8,9 +8,6 @@ from vllm.exceptions import VLLMValidationError
 from hiprune_server import cli, config
 from tests.reference import checkpoints, random_llava
 
-# They make engine configurations, which need a platform and a release that is listed.
-pytestmark = pytest.mark.installed_release
-
 
 def load(folder, **options):
     config = EngineArgs(model=str(folder), **options).create_model_config()

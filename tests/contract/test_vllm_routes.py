@@ -15,14 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hiprune_server.auth import ADMINISTRATION, OPEN
 from hiprune_server.places import READ
-
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ModuleNotFoundError:  # from 0.33 on
-    from vllm.entrypoints.common.cli_args import make_arg_parser
-
-# They make engine configurations, which need a platform and a release that is listed.
-pytestmark = pytest.mark.installed_release
+from hiprune_server.releases import make_arg_parser
 
 KEY = {"authorization": "Bearer s3cret"}
 ADMINISTERS = re.compile(

@@ -83,8 +83,9 @@ def served(argv, monkeypatch, tmp_path):
 
 def parsed(flags, defaults):
     """What vLLM makes of a command line with our defaults."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from hiprune_server.releases import make_arg_parser
 
     parser = make_arg_parser(FlexibleArgumentParser())
     parser.set_defaults(**defaults)

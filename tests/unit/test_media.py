@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import importlib
 import logging
 import os
 import time
@@ -212,3 +213,38 @@ def test_a_host_that_was_not_allowed_is_asked_for_nothing(guarded):
 
 def test_a_picture_of_a_host_that_works_is_served(guarded, host):
     assert fetched(guarded, f"{host}/picture").media.getpixel((0, 0)) == (255, 0, 0)
+
+
+def counted(*modules_and_names):
+    """vLLM's counters of one request's media."""
+    for module, name in modules_and_names:
+        found = getattr(importlib.import_module(module), name, None)
+        if found is None:
+            pytest.skip("vLLM counts what a request loads from 0.33 on")
+        yield found()
+
+
+def test_what_a_request_decodes_is_counted_before_it_is_decoded(monkeypatch):
+    (budget,) = counted(("vllm.multimodal.media.base", "MediaDecodedBudget"))
+    monkeypatch.setenv("VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES", "1000")
+    connector = GuardedConnector(decoded_budget=budget)
+    small, large = (url(png(Image.new("L", (side, side)))) for side in (10, 13))
+    assert connector.fetch_image(small).media.size == (10, 10)
+    assert budget.used == 400
+    error = refused(connector, large)
+    assert error.parameter == "image_url"
+    assert "at most 1000 bytes once they are decoded, 4 a pixel" in str(error)
+    assert "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES" in str(error)
+    assert budget.used == 400
+
+
+def test_what_a_request_downloads_is_counted(guarded, host, monkeypatch):
+    (budget,) = counted(("vllm.connections", "MediaRequestDownloadBudget"))
+    guarded.download_budget = budget
+    assert fetched(guarded, f"{host}/picture").media
+    assert budget.used > 0
+    monkeypatch.setenv("VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB", "1")
+    budget.used = 2**20 - 1
+    error = fetched(guarded, f"{host}/picture")
+    assert error.parameter == "image_url"
+    assert "with it the request's downloads have more than 1 MiB" in str(error)

@@ -3,7 +3,7 @@
 from typing import Final
 
 OLDEST: Final = (0, 32)
-BELOW: Final = (0, 33)
+BELOW: Final = (0, 34)
 
 
 def is_tested(version: str) -> bool:

@@ -1,0 +1,21 @@
+"""What vLLM's supported releases have in different places, or not at all.
+
+Imports vLLM, which reads its environment then: to be imported once that is complete.
+"""
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+    from vllm.entrypoints.common.startup import cli_env_setup
+except ModuleNotFoundError:  # 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+try:
+    from vllm.connections import MediaRequestDownloadSizeExceededError
+except ImportError:  # 0.32
+
+    class MediaRequestDownloadSizeExceededError(ValueError):  # type: ignore[no-redef]
+        """What a request names is too much together; nothing raises it here."""
+
+
+__all__ = ["MediaRequestDownloadSizeExceededError", "cli_env_setup", "make_arg_parser"]
