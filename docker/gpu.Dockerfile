@@ -1,7 +1,7 @@
 # The server on vLLM's official CUDA image. Build it from the repository's root:
 #   docker build -f docker/gpu.Dockerfile -t hiprune-gpu:0.1.0 .
 # A mirror or another build of the same vLLM release: --build-arg BASE_IMAGE=...
-ARG BASE_IMAGE=docker.io/vllm/vllm-openai:v0.32.0
+ARG BASE_IMAGE=docker.io/vllm/vllm-openai:v0.33.0
 ARG BUILD_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
 
 FROM ${BUILD_IMAGE} AS build

@@ -190,7 +190,9 @@ def started(folder, tmp_path, **environment):
     path = os.pathsep.join([str(tmp_path), *sys.path])
     return subprocess.run(
         [sys.executable, "-c", START, str(folder)],
-        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | environment,
+        env=os.environ
+        | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HIPRUNE_ANY_VLLM": "0"}
+        | environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -212,8 +214,8 @@ def test_an_unlisted_vllm_serves_text_and_refuses_what_would_be_pruned(checkpoin
     assert told in ran.stderr
     assert "VLLM_PLUGINS" in ran.stderr
 
-    # The remedy, and the switch, work.
-    for remedy in ({"VLLM_PLUGINS": ""}, {"HIPRUNE_DISABLE": "1"}):
+    # The remedy, and the switches, work.
+    for remedy in ({"VLLM_PLUGINS": ""}, {"HIPRUNE_DISABLE": "1"}, {"HIPRUNE_ANY_VLLM": "1"}):
         ran = started(checkpoints["llava"], tmp_path, **remedy)
         assert ran.returncode == 0, ran.stderr
 

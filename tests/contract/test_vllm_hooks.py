@@ -43,7 +43,8 @@ def test_the_installed_vllm_is_in_the_tested_range():
 
 
 @pytest.mark.parametrize("found", ["0.31.2", "0.34.0", "1.0.0", "dev", ""])
-def test_any_other_vllm_is_refused_with_the_remedy(found):
+def test_any_other_vllm_is_refused_with_the_remedy(found, monkeypatch):
+    monkeypatch.delenv("HIPRUNE_ANY_VLLM", raising=False)
     with pytest.raises(RuntimeError, match=r"tested with vllm >=0\.32,<0\.34, found") as error:
         check_version(found)
     assert "VLLM_PLUGINS" in str(error.value)

@@ -62,13 +62,14 @@ def test_an_image_has_two_stages_and_runs_as_nobody_in_particular(path):
             assert re.search(r":v?\d+\.\d+\.\d+", rest), f"{rest} is not pinned"
 
 
-def test_the_gpu_image_is_of_the_release_that_was_tested():
-    from hiprune_vllm.engine.releases import BELOW, OLDEST
+def test_images_and_tests_are_of_the_newest_release_that_is_served():
+    from hiprune_vllm.engine.releases import BELOW
 
-    (minor,) = re.findall(
-        r"vllm-openai:v(\d+)\.(\d+)\.\d+", (ROOT / "docker/gpu.Dockerfile").read_text()
-    )
-    assert OLDEST <= tuple(map(int, minor)) < BELOW
+    (newest,) = re.findall(r"^vllm==(\S+)", (ROOT / "requirements/vllm.lock").read_text())
+    assert tuple(map(int, newest.split(".")[:2])) == (BELOW[0], BELOW[1] - 1)
+    for name in ("docker/gpu.Dockerfile", "docker/compose.yaml", ".env.example"):
+        assert re.findall(r"vllm-openai:v([\d.]+)", (ROOT / name).read_text()) == [newest], name
+    assert f"\nNEWEST := {newest}\n" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -309,21 +310,54 @@ def test_the_dashboard_reads_the_provisioned_source_and_its_panels_do_not_overla
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
-WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+WORKFLOWS = ROOT / ".github" / "workflows"
+WORKFLOW = WORKFLOWS / "ci.yml"
 
 
-def test_the_workflow_is_valid_and_safe():
-    passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW)
-    passes(BIN / "zizmor", "--offline", "--no-progress", WORKFLOW)
+@pytest.mark.parametrize("name", ["ci.yml", "vllm.yml"])
+def test_workflows_are_valid_and_safe_and_their_actions_pinned(name):
+    path = WORKFLOWS / name
+    passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", path)
+    passes(BIN / "zizmor", "--offline", "--no-progress", path)
+    used = re.findall(r"uses: (\S+)", path.read_text())
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), f"{action} is not pinned"
 
 
-def test_the_workflow_runs_what_a_desk_runs_with_pinned_actions_on_three_pythons():
+def test_once_a_week_a_newer_vllm_is_looked_for_and_tried(tmp_path):
+    """The step's own words, with a registry that has another release, the same, or none."""
+    workflow = yaml.safe_load((WORKFLOWS / "vllm.yml").read_text())
+    assert workflow[True]["schedule"] == [{"cron": "17 4 * * 1"}]  # YAML reads `on` as true
+    steps = workflow["jobs"]["contract"]["steps"]
+    (looks,) = [step for step in steps if step.get("id") == "newest"]
+    assert all(step["if"] == "steps.newest.outputs.release" for step in steps[2:])
+    assert "make contract VLLM=" in steps[-1]["run"]
+    known = re.search(r"^NEWEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    for registry, wanted, told in (
+        ("vllm (99.1.0)", "", "release=99.1.0\n"),
+        (f"vllm ({known})", "", ""),
+        (f"vllm ({known})", "98.0.0", "release=98.0.0\n"),
+        ("", "", None),
+    ):
+        (tmp_path / "pip").write_text(f"#!/bin/sh\necho '{registry}'\n")
+        (tmp_path / "pip").chmod(0o755)
+        out = tmp_path / "out"
+        out.write_text("")
+        ran = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", looks["run"]], cwd=ROOT, capture_output=True,
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}", "WANTED": wanted,
+                "GITHUB_OUTPUT": str(out), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
+            },
+        )  # fmt: skip
+        assert (ran.returncode == 0) is (told is not None)
+        assert out.read_text() == (told or "")
+
+
+def test_the_workflow_runs_what_a_desk_runs_on_three_pythons():
     workflow = yaml.safe_load(WORKFLOW.read_text())
     job = workflow["jobs"]["test"]
     assert any(".ci/run" in step.get("run", "") for step in job["steps"])
     minors = [version.rpartition(".")[0] for version in job["strategy"]["matrix"]["python"]]
     assert minors == ["3.11", "3.12", "3.13"]
-    used = re.findall(r"uses: (\S+)", WORKFLOW.read_text())
-    assert used
-    for action in used:
-        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), f"{action} is not pinned"

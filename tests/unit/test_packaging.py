@@ -98,7 +98,7 @@ def test_every_dependency_has_two_bounds():
         assert re.fullmatch(r"[a-z-]+(\[[a-z]+\])?>=[\d.]+,<[\d.]+", requirement), requirement
 
 
-@pytest.mark.parametrize("name", ["cpu", "installer", "image", "build", "load", "router"])
+@pytest.mark.parametrize("name", ["cpu", "installer", "image", "build", "load", "router", "vllm"])
 def test_locks_have_versions_and_hashes_and_no_addresses(name):
     text = (ROOT / "requirements" / f"{name}.lock").read_text()
     assert "://" not in text.replace("git+", "")

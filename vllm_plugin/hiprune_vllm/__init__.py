@@ -13,7 +13,7 @@ def register() -> None:
     """
     from hiprune_vllm import tuning
 
-    if tuning.disabled():
+    if tuning.on(tuning.DISABLE):
         return
     from hiprune_vllm.engine.registration import register_models
 

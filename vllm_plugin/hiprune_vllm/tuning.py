@@ -5,7 +5,8 @@
 | `PRUNING_LAST_BLOCK` | `kept` (default), `whole` | whether the encoder's last block ends with the kept tokens only |
 | `PRUNING_SCORE_KERNEL` | `torch` (default), `triton` | what adds up attention on a CUDA device; the second has not run on one yet |
 
-And `HIPRUNE_DISABLE`, with which there is no pruning at all.
+And two switches, 1 or 0: `HIPRUNE_DISABLE`, with which there is no pruning at all, and
+`HIPRUNE_ANY_VLLM`, with which releases of vLLM are served that were not tested.
 """  # noqa: E501
 
 import os
@@ -16,18 +17,18 @@ CHOICES = {
 }
 
 DISABLE = "HIPRUNE_DISABLE"
-"""The switch that leaves vLLM's own classes in their place: 1 (true) or 0 (false, unset)."""
+ANY_VLLM = "HIPRUNE_ANY_VLLM"
 
 
-def disabled() -> bool:
-    """Whether pruning is switched off.
+def on(switch: str) -> bool:
+    """Whether a switch says 1 (true); 0 (false) or unset is off.
 
     Raises:
         ValueError: the variable says neither.
     """
-    value = os.environ.get(DISABLE, "")
+    value = os.environ.get(switch, "")
     if value.lower() not in ("", "0", "false", "1", "true"):
-        raise ValueError(f"{DISABLE} must be 1 or 0, got {value!r}")
+        raise ValueError(f"{switch} must be 1 or 0, got {value!r}")
     return value.lower() in ("1", "true")
 
 

@@ -1,6 +1,6 @@
 """Puts the pruned model classes in the place of vLLM's own."""
 
-from hiprune_vllm.engine.releases import is_tested
+from hiprune_vllm.engine.releases import is_served
 from hiprune_vllm.engine.secret import share
 
 CLASSES = {
@@ -23,7 +23,7 @@ def register_models() -> None:
     share()
     for architecture, path in CLASSES.items():
         ModelRegistry.register_model(architecture, path)
-    if is_tested(vllm.__version__):
+    if is_served(vllm.__version__):
         from hiprune_vllm.engine.compat import charge_whole_images
 
         charge_whole_images(CLASSES)
