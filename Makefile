@@ -130,8 +130,7 @@ contract: vllm ## the vLLM hooks alone, under that release (a minute)
 	$(VLLM_VENV)/bin/python -m pytest tests/contract $(ARGS)
 
 vllm-diff: venv ## what that release changes of every hook that we rely on
-	$(BIN)/python -m tests.vllm_release.environment $(VLLM)
-	$(BIN)/python -m tests.vllm_release.differences "$$($(BIN)/python -m tests.vllm_release.environment)" build/vllm-$(VLLM)
+	$(BIN)/python -m tests.vllm_release.differences $(VLLM)
 
 lint: venv ## ruff and the type checker
 	$(BIN)/ruff check .

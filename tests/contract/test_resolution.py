@@ -1,4 +1,4 @@
-"""Installing this package beside vLLM's CUDA wheel changes nothing of it, by the registry's data."""
+"""Installing this package beside vLLM changes nothing of it, by what the registry says."""
 
 import re
 import subprocess

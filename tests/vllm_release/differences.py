@@ -1,6 +1,7 @@
 """What changed between two releases of vLLM where our sources rely on it, as Markdown.
 
-python -m tests.vllm_release.differences OLD_FOLDER NEW_FOLDER   (each has `vllm` in it)
+    python -m tests.vllm_release.differences x.y.z                   (from the installed one)
+    python -m tests.vllm_release.differences OLD_FOLDER NEW_FOLDER   (each has `vllm` in it)
 
 What we rely on is found in our sources: names that are imported; what is reached, set or asked for
 by such a name; and what classes of ours override or use of the vLLM classes that they stand on.
@@ -16,6 +17,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, NamedTuple
 
+from tests.vllm_release.environment import installed, python_files
 from tests.vllm_release.sources import Definition, Release, bound, imports, sources
 
 SMALL = 40
@@ -395,7 +397,10 @@ def report(old: Release, new: Release, files: Iterable[tuple[str, ast.Module]]) 
 
 
 def main(arguments: Sequence[str]) -> int:
-    folders = [Path(one) for one in arguments]
+    if len(arguments) == 1:
+        folders = [installed().parent, python_files(arguments[0])]
+    else:
+        folders = [Path(one) for one in arguments]
     if len(folders) != 2 or not all((one / "vllm" / "__init__.py").is_file() for one in folders):
         sys.stderr.write(f"{__doc__}\nNeeds two folders with vllm, got: {' '.join(arguments)}\n")
         return 2
