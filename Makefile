@@ -17,7 +17,7 @@ IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
-	load load-ui lmms-env demo-model vllm test-vllm vllm-diff contract lint lock check-deploy docs-check gpu-check \
+	load load-ui lmms-env demo-model vllm test-vllm bench-vllm vllm-diff contract lint lock check-deploy docs-check gpu-check \
 	release-check sbom sbom-image wheel clean
 
 help: ## this list
@@ -128,6 +128,9 @@ test-vllm: vllm ## all tests under that release (ARGS="tests/contract" for some)
 
 contract: vllm ## the vLLM hooks alone, under that release (a minute)
 	$(VLLM_VENV)/bin/python -m pytest tests/contract $(ARGS)
+
+bench-vllm: vllm ## benchmarks a, b and f under that release and the locked one, as ratios
+	$(BIN)/python -m loadtests.bench.releases $(BIN)/python $(VLLM_VENV)/bin/python $(ARGS)
 
 vllm-diff: venv ## what that release changes of every hook that we rely on
 	$(BIN)/python -m tests.vllm_release.differences $(VLLM)

@@ -1,15 +1,22 @@
 """Budgets on the Responses and the Messages API: the same answers as a chat with the same plan."""
 
 import json
+import time
 
 import httpx
 import pytest
+from vllm.entrypoints.anthropic import protocol as anthropic
+from vllm.entrypoints.openai.responses import protocol as responses
 
 from tests.e2e.serving import running, serve
 from tests.photos import data_url, photo
 
 QUESTION = "What is this?"
 CAT, CUP = (data_url(photo(name).resize((336, 336))) for name in ("chelsea", "coffee"))
+# Releases of vLLM differ in what they call an answer that is cut, and an error.
+CUT = "incomplete" if hasattr(responses, "OpenAIResponseIncompleteEvent") else "completed"
+TRANSLATED = hasattr(anthropic, "translate_error_type")
+CHAT = "/v1/chat/completions"
 RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 
 
@@ -25,7 +32,7 @@ def image(route, url, **keys):
     """An image part as each API has it."""
     if route == RESPONSES:
         return {"type": "input_image", "image_url": url, **keys}
-    if route == "/v1/chat/completions":
+    if route == CHAT:
         return {"type": "image_url", "image_url": {"url": url}, **keys}
     kind, _, data = url.removeprefix("data:").partition(";base64,")
     return {
@@ -138,7 +145,8 @@ def test_streams_report_at_their_beginning(server):
     events = streamed(server, RESPONSES, image(RESPONSES, CAT, **part))
     for event in (events[0], events[-1]):
         assert kept(event["response"]) == [(70, "image")]
-    assert [events[0]["type"], events[-1]["type"]] == ["response.created", "response.completed"]
+    assert [events[0]["type"], events[-1]["type"]] == ["response.created", f"response.{CUT}"]
+    assert events[-1]["response"]["status"] == "incomplete"  # eight tokens are no whole answer
     whole = ask(server, RESPONSES, image(RESPONSES, CAT, **part))
     said = "".join(e["delta"] for e in events if e["type"] == "response.output_text.delta")
     assert said == text_of(whole)
@@ -170,6 +178,40 @@ def test_what_cannot_be_served_is_refused_with_its_place(server, route, part, ke
         assert answer.json()["error"]["param"] == field
 
 
+def test_an_error_of_the_messages_api_has_the_type_that_this_vllm_gives_it(server):
+    answer = server.post(MESSAGES, body(server, MESSAGES, image(MESSAGES, CAT, hiprune=[])))
+    told = answer.json()
+    assert told["type"] == "error"
+    wanted = "invalid_request_error" if TRANSLATED else "BadRequestError"
+    assert told["error"]["type"] == wanted
+    missing = body(server, MESSAGES) | {"model": "nobody's"}
+    told = server.post(MESSAGES, missing).json()
+    assert told["error"]["type"] == ("not_found_error" if TRANSLATED else "NotFoundError")
+
+
+@pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES, "/v1/hiprune/explain"])
+def test_a_client_that_goes_away_leaves_nothing_behind(server, route):
+    """vLLM answers nobody, with nothing or with an empty body: neither may be an error of ours."""
+    before = server.log.read_text()
+    for delay in (0.02, 0.3):
+        picture = data_url(photo("rocket").resize((300, 200 + int(1000 * delay))))
+        if route.endswith("explain"):
+            asked = {"model": server.model, "image_url": {"url": picture}, "overlay": True}
+        else:
+            longer = {"max_output_tokens" if route == RESPONSES else "max_tokens": 2000}
+            asked = body(server, route, image(route, picture)) | longer
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + route, json=asked, timeout=httpx.Timeout(30, read=delay))
+    deadline = time.monotonic() + 20
+    while server.total("vllm:num_requests_running"):
+        assert time.monotonic() < deadline, "the engine works for nobody"
+        time.sleep(0.1)
+    assert ask(server, CHAT, image(CHAT, CAT, hiprune={"tokens": 9}))
+    said = server.log.read_text().removeprefix(before)
+    assert "Traceback" not in said
+    assert " 500 " not in said
+
+
 @pytest.mark.parametrize("route", [RESPONSES, MESSAGES])
 def test_processor_options_of_a_client_stay_refused(server, route):
     answer = server.post(
@@ -192,12 +234,11 @@ def test_other_routes_refuse_a_budget(server):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refused_request_does_not_harm_the_next_one_for_its_picture(server, stream):
     """The front end has noted the picture as sent, but the engine has never seen it."""
-    chat = "/v1/chat/completions"
     picture = data_url(photo("rocket").resize((100, 100 + stream)))
-    refused = body(server, chat, image(chat, picture), hiprune={"tokens": 9}, top_k=-2)
-    assert server.post(chat, refused).status_code == 400
-    good = body(server, chat, image(chat, picture), hiprune={"tokens": 9}, stream=stream)
-    answer = server.post(chat, good)
+    refused = body(server, CHAT, image(CHAT, picture), hiprune={"tokens": 9}, top_k=-2)
+    assert server.post(CHAT, refused).status_code == 400
+    good = body(server, CHAT, image(CHAT, picture), hiprune={"tokens": 9}, stream=stream)
+    answer = server.post(CHAT, good)
     assert answer.status_code == 200, answer.text
     assert '"error"' not in answer.text
     assert '"tokens_kept":9' in answer.text
@@ -210,7 +251,6 @@ def test_counting_tokens_does_not_harm_the_message_that_is_then_sent(server):
     assert sent["usage"]["input_tokens"] == counted["input_tokens"]
 
 
-CHAT = "/v1/chat/completions"
 PLAN = {"tokens": 64}
 
 

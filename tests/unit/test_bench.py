@@ -6,6 +6,7 @@ import pytest
 
 from loadtests import geometry
 from loadtests.bench import measure, report
+from loadtests.bench.releases import figures, table
 
 
 def test_all_ways_are_measured_in_turn_and_the_warm_up_does_not_count():
@@ -56,3 +57,22 @@ def test_a_benchmark_that_ran_again_replaces_itself_alone(tmp_path):
 def test_counted_flops_are_those_of_the_papers_model():
     # Table 6 of the paper: 40.57 at 2880 visual tokens, of which the encoder is a part.
     assert geometry.prefill_flops("7b", 2880 + 40) / 1e12 == pytest.approx(39.7, abs=1.0)
+
+
+def test_two_releases_are_compared_by_the_ratio_of_each_round():
+    row = {
+        "benchmark": "a",
+        "what": "CLIP",
+        "seconds": spread([2.0]),
+        "base_seconds": spread([4.0]),
+    }
+    counted = {"benchmark": "f", "what": "requests", "value": spread([8.0])}
+    found = figures([row, counted])
+    assert found == {
+        ("a", "CLIP: vLLM alone"): 4.0, ("a", "CLIP: pruned"): 2.0, ("f", "requests: pruned"): 8.0,
+    }  # fmt: skip
+    old = {key: [value, 2 * value] for key, value in found.items()}
+    new = {key: [1.1 * value, 2.2 * value] for key, value in found.items()}
+    lines = table("old", "new", old, new).splitlines()
+    assert lines[2] == "| a | CLIP: pruned | 3 | 3.3 | 1.10 [1.10, 1.10] |"
+    assert len(lines) == 5
