@@ -228,7 +228,7 @@ def keep_adapters_to_their_requests() -> None:
         request's adapter (LoRA) that is in the same batch, without this plugin as well.
     Cause: rows without an adapter have the number -1, which there picks the last one.
     Change: such rows are zero on their way in, so that they add nothing. Idempotent.
-    Remove when: vLLM's operations in plain torch pass over -1, as its kernels do.
+    Remove when: 0.32 is no longer served; since 0.33 vLLM's own pass over -1, as its kernels do.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
