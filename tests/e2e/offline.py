@@ -131,7 +131,7 @@ _identities = itertools.count(1)
 
 def budget_rows(budgets: Iterable[ImageBudget]) -> torch.Tensor:
     """What a model's `embed_multimodal` takes as `hiprune_budget`, for images never seen before."""
-    from hiprune_vllm.engine.model import pack_item
+    from hiprune_vllm.engine.wire import pack_item
 
     return torch.tensor([pack_item(budget, f"{next(_identities):015x}") for budget in budgets])
 

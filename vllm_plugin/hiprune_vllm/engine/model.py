@@ -19,15 +19,11 @@ from hiprune_vllm.engine.compat import (
     keep_adapters_to_their_requests,
     let_cpu_runner_receive,
 )
-from hiprune_vllm.engine.secret import keyed
+from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
-from hiprune_vllm.pruning.budget import BUDGET_INTS, ImageBudget
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 let_cpu_runner_receive()
-
-BUDGET_FIELD = "hiprune_budget"
-"""Name of the per-image tensor that carries `pack_item` from processor to worker."""
 
 REMEMBERED_IMAGES = 1024
 """Selections that a worker remembers, least recently used out first: 24 MiB at 2880 tokens each."""
@@ -42,21 +38,6 @@ ENCODER_SECONDS = Histogram(
     "Vision encoder, selection and projector, for a batch of pictures in the worker.",
     buckets=(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
-
-
-Key = tuple[int, ...]
-"""What a worker knows an image and its budget by: nobody outside of the server can compute it."""
-
-
-def pack_item(budget: ImageBudget, identity: str) -> list[int]:
-    """A budget and the key of the image's identity as integers in [-2**63, 2**63)."""
-    numbers = budget.to_ints()
-    return [*numbers, *keyed(identity, numbers)]
-
-
-def unpack_item(row: Sequence[int]) -> tuple[ImageBudget, Key]:
-    """A budget and its image's key from what `pack_item` made."""
-    return ImageBudget.from_ints(row[:BUDGET_INTS]), tuple(row[BUDGET_INTS:])
 
 
 def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,14 @@ class Encoded:
 
 
 class FamilyAdapter(Protocol):
-    """A model family. All methods are stateless."""
+    """A model family. All methods are stateless.
+
+    Attributes:
+        mrope: whether tokens have 3-D rotary positions in the language model (M-RoPE), so that the
+            kept ones bring theirs along (section 4).
+    """
+
+    mrope: bool
 
     def encoder(self, hf_config: Any) -> Encoder:
         """Reads what the encoder allows from the checkpoint's configuration.

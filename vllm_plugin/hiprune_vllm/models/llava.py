@@ -38,6 +38,8 @@ def check_scaled(image_processor: Any, size: Any) -> None:
 class LlavaAdapter:
     """`LlavaForConditionalGeneration`."""
 
+    mrope = False
+
     def encoder(self, hf_config: Any) -> Encoder:
         return tile_encoder("llava", hf_config)
 

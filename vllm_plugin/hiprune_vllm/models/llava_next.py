@@ -55,6 +55,8 @@ def tile_regions(size: tuple[int, int], grid: tuple[int, int], columns: int) -> 
 class LlavaNextAdapter:
     """`LlavaNextForConditionalGeneration`."""
 
+    mrope = False
+
     def encoder(self, hf_config: Any) -> Encoder:
         return tile_encoder("llava_next", hf_config)
 

@@ -50,6 +50,8 @@ def check_shape(size: Any) -> None:
 class Qwen25VLAdapter:
     """`Qwen2_5_VLForConditionalGeneration`; videos stay as they are."""
 
+    mrope = True
+
     def encoder(self, hf_config: Any) -> Encoder:
         depth = hf_config.vision_config.depth
         if depth < 2:
