@@ -139,21 +139,21 @@ def budget_rows(budgets: Iterable[ImageBudget]) -> torch.Tensor:
 @contextmanager
 def spy_on_selection() -> Iterator[list[list[int]]]:
     """Collects the kept indices of every picture or tile that is selected, in order."""
-    from hiprune_vllm.models import qwen2_5_vl, tiles
+    from hiprune_vllm.models import encode
 
     kept: list[list[int]] = []
-    choose = tiles.choose
+    choose = encode.choose
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         chosen = choose(*args, **kwargs)
         kept.extend(chosen[row].tolist() for row in sorted(chosen))
         return chosen
 
-    tiles.choose = qwen2_5_vl.choose = spy
+    encode.choose = spy
     try:
         yield kept
     finally:
-        tiles.choose = qwen2_5_vl.choose = choose
+        encode.choose = choose
 
 
 def forget(llm: Any) -> None:

@@ -21,6 +21,7 @@ from hiprune_vllm.engine.compat import (
 )
 from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
+from hiprune_vllm.models.encode import encode
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 let_cpu_runner_receive()
@@ -82,7 +83,7 @@ class PrunedModel(torch.nn.Module):
         An image that is encoded again (its first part is in the prefix cache, or it left the
         encoder cache) keeps the tokens that it kept before: with another batch around it, rounding
         could turn a near-tie, and the two halves of one picture would not fit together. What is
-        remembered counts only where it fits the image and its budget (`Selection.of`).
+        remembered counts only where it fits the image and its budget (`Image.known_of`).
         """
         given = kwargs.get("image_embeds")
         if isinstance(given, list):
@@ -125,7 +126,7 @@ class PrunedModel(torch.nn.Module):
         self, images: Sequence[Image], keys: Sequence[Key], **kwargs: object
     ) -> list[Encoded]:
         parallel = get_tensor_model_parallel_world_size() > 1
-        encoded = self.family.embed(self, images, sum_over_ranks if parallel else None, **kwargs)
+        encoded = encode(self.family, self, images, sum_over_ranks if parallel else None, **kwargs)
         for key, image in zip(keys, encoded, strict=True):
             if image.selection is not None:
                 self._kept_before[key] = image.selection
