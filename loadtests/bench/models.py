@@ -13,7 +13,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
-from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
+from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
 from hiprune_vllm.pruning.budget import ImageBudget
 
 _identities = itertools.count(1)

@@ -333,7 +333,7 @@ def test_both_model_runners_take_positions_from_the_model():
 def test_vllms_proposer_finds_qwens_image_token_by_the_name_of_the_class():
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-    from hiprune_vllm.engine.classes import HiPruneQwen25VL
+    from hiprune_vllm.engine.classes import Qwen2_5_VLForConditionalGeneration as HiPruneQwen25VL
 
     name = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.__name__
     assert HiPruneQwen25VL.__name__ == name

@@ -131,7 +131,7 @@ _identities = itertools.count(1)
 
 def budget_rows(budgets: Iterable[ImageBudget]) -> torch.Tensor:
     """What a model's `embed_multimodal` takes as `hiprune_budget`, for images never seen before."""
-    from hiprune_vllm.engine.model import pack_item
+    from hiprune_vllm.engine.wire import pack_item
 
     return torch.tensor([pack_item(budget, f"{next(_identities):015x}") for budget in budgets])
 
@@ -139,21 +139,21 @@ def budget_rows(budgets: Iterable[ImageBudget]) -> torch.Tensor:
 @contextmanager
 def spy_on_selection() -> Iterator[list[list[int]]]:
     """Collects the kept indices of every picture or tile that is selected, in order."""
-    from hiprune_vllm.models import qwen2_5_vl, tiles
+    from hiprune_vllm.models import encode
 
     kept: list[list[int]] = []
-    choose = tiles.choose
+    choose = encode.choose
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         chosen = choose(*args, **kwargs)
         kept.extend(chosen[row].tolist() for row in sorted(chosen))
         return chosen
 
-    tiles.choose = qwen2_5_vl.choose = spy
+    encode.choose = spy
     try:
         yield kept
     finally:
-        tiles.choose = qwen2_5_vl.choose = choose
+        encode.choose = choose
 
 
 def forget(llm: Any) -> None:

@@ -39,7 +39,7 @@ def test_identities_of_any_text_have_a_key(monkeypatch):
 
 
 def test_a_row_carries_budget_and_key():
-    from hiprune_vllm.engine.model import pack_item, unpack_item
+    from hiprune_vllm.engine.wire import pack_item, unpack_item
 
     one = budget(64)
     assert len(one.to_ints()) == BUDGET_INTS

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
 from hiprune_vllm.engine.positions import PrunedMRopeModel
 from hiprune_vllm.engine.rotary import last_end
+from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.positions import positions_taken
 

@@ -82,24 +82,6 @@ def charge_whole_images(architectures: Iterable[str]) -> None:
         MODELS_CONFIG_MAP.setdefault(architecture, CountsWholeImages)
 
 
-def named_as(vllm_class: type) -> Callable[[type], type]:
-    """Class decorator: the class goes by the name of vLLM's own.
-
-    Symptom: Qwen2.5-VL with a text-only draft model does not start ("no attribute
-        'image_token_index'").
-    Cause: vLLM's proposer looks the served model's class name up in a list of its own to find out
-        where its configuration has the image token.
-    Change: the class has the name in that list.
-    Remove when: vLLM asks the configuration instead.
-    """
-
-    def renamed(model_class: type) -> type:
-        model_class.__name__ = vllm_class.__name__
-        return model_class
-
-    return renamed
-
-
 RESETS: Final = (
     "reset_mm_cache",
     "reset_encoder_cache",

@@ -19,15 +19,12 @@ from hiprune_vllm.engine.compat import (
     keep_adapters_to_their_requests,
     let_cpu_runner_receive,
 )
-from hiprune_vllm.engine.secret import keyed
+from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
-from hiprune_vllm.pruning.budget import BUDGET_INTS, ImageBudget
+from hiprune_vllm.models.encode import encode
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 let_cpu_runner_receive()
-
-BUDGET_FIELD = "hiprune_budget"
-"""Name of the per-image tensor that carries `pack_item` from processor to worker."""
 
 REMEMBERED_IMAGES = 1024
 """Selections that a worker remembers, least recently used out first: 24 MiB at 2880 tokens each."""
@@ -42,21 +39,6 @@ ENCODER_SECONDS = Histogram(
     "Vision encoder, selection and projector, for a batch of pictures in the worker.",
     buckets=(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
-
-
-Key = tuple[int, ...]
-"""What a worker knows an image and its budget by: nobody outside of the server can compute it."""
-
-
-def pack_item(budget: ImageBudget, identity: str) -> list[int]:
-    """A budget and the key of the image's identity as integers in [-2**63, 2**63)."""
-    numbers = budget.to_ints()
-    return [*numbers, *keyed(identity, numbers)]
-
-
-def unpack_item(row: Sequence[int]) -> tuple[ImageBudget, Key]:
-    """A budget and its image's key from what `pack_item` made."""
-    return ImageBudget.from_ints(row[:BUDGET_INTS]), tuple(row[BUDGET_INTS:])
 
 
 def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:
@@ -101,7 +83,7 @@ class PrunedModel(torch.nn.Module):
         An image that is encoded again (its first part is in the prefix cache, or it left the
         encoder cache) keeps the tokens that it kept before: with another batch around it, rounding
         could turn a near-tie, and the two halves of one picture would not fit together. What is
-        remembered counts only where it fits the image and its budget (`Selection.of`).
+        remembered counts only where it fits the image and its budget (`Image.known_of`).
         """
         given = kwargs.get("image_embeds")
         if isinstance(given, list):
@@ -144,7 +126,7 @@ class PrunedModel(torch.nn.Module):
         self, images: Sequence[Image], keys: Sequence[Key], **kwargs: object
     ) -> list[Encoded]:
         parallel = get_tensor_model_parallel_world_size() > 1
-        encoded = self.family.embed(self, images, sum_over_ranks if parallel else None, **kwargs)
+        encoded = encode(self.family, self, images, sum_over_ranks if parallel else None, **kwargs)
         for key, image in zip(keys, encoded, strict=True):
             if image.selection is not None:
                 self._kept_before[key] = image.selection

@@ -14,7 +14,8 @@ from hiprune_vllm.engine.compat import (
     leave_positions_of_text,
     let_cpu_runner_ask,
 )
-from hiprune_vllm.engine.model import BUDGET_FIELD, PrunedModel, unpack_item
+from hiprune_vllm.engine.model import PrunedModel
+from hiprune_vllm.engine.wire import BUDGET_FIELD, unpack_item
 from hiprune_vllm.pruning.positions import decode_positions, no_positions, positions_taken
 
 let_cpu_runner_ask()

@@ -28,8 +28,8 @@ from hiprune_vllm.engine.identity import (
     of_kind,
     with_budget,
 )
-from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
 from hiprune_vllm.engine.scheduling import with_size
+from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
     FIELD,

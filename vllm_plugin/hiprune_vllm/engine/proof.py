@@ -4,8 +4,8 @@ from typing import Any, Final
 
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
-from hiprune_vllm.engine.model import BUDGET_FIELD, unpack_item
 from hiprune_vllm.engine.processing import THIRD
+from hiprune_vllm.engine.wire import BUDGET_FIELD, unpack_item
 from hiprune_vllm.plan import FIELD, FULL, PruningPlan
 
 SIZE: Final = (360, 230)

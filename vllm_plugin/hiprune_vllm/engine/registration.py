@@ -1,18 +1,22 @@
 """Puts the pruned model classes in the place of vLLM's own."""
 
+from typing import Final
+
 from hiprune_vllm.engine.releases import is_served
 from hiprune_vllm.engine.secret import share
 
-CLASSES = {
-    "LlavaForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlava",
-    "LlavaNextForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneLlavaNext",
-    "Qwen2_5_VLForConditionalGeneration": "hiprune_vllm.engine.classes:HiPruneQwen25VL",
+CLASSES: Final = {
+    "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
+    "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl:Qwen25VLAdapter"),
 }
-"""Architecture of a checkpoint -> class that serves it, imported by vLLM when it is needed."""
+"""Architecture of a checkpoint, which is the name of vLLM's class of it -> that class's module,
+below `vllm.model_executor.models`, and the family's adapter, below `hiprune_vllm.models`. From
+these `engine.classes` makes the class that serves it."""
 
 
 def register_models() -> None:
-    """Registers `CLASSES` with vLLM; may run several times in a process.
+    """Registers a class for each of `CLASSES` with vLLM; may run several times in a process.
 
     Refuses no release of vLLM: a text-only model is none of this plugin's business. The gate stands
     where the classes are imported.
@@ -21,8 +25,8 @@ def register_models() -> None:
     from vllm import ModelRegistry
 
     share()
-    for architecture, path in CLASSES.items():
-        ModelRegistry.register_model(architecture, path)
+    for architecture in CLASSES:
+        ModelRegistry.register_model(architecture, f"hiprune_vllm.engine.classes:{architecture}")
     if is_served(vllm.__version__):
         from hiprune_vllm.engine.compat import charge_whole_images
 

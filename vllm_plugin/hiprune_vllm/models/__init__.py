@@ -1,1 +1,1 @@
-"""One thin adapter a model family: only what differs from vLLM's own class."""
+"""What is a model family's own, an adapter each, and the algorithm that all of them share."""

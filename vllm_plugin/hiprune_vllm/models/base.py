@@ -1,16 +1,15 @@
 """What a model family has to say about itself, and what every family needs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget
-from hiprune_vllm.pruning.clock import SELECTION
-from hiprune_vllm.pruning.record import SumOverRanks
-from hiprune_vllm.pruning.select import Region, kept_indices
+from hiprune_vllm.pruning.select import Region
 
 Colour = tuple[float, float, float]
 """Red, green, blue."""
@@ -157,17 +156,92 @@ class Encoded:
     selection: Selection | None
 
 
-class FamilyAdapter(Protocol):
-    """A model family. All methods are stateless."""
+class Grid(NamedTuple):
+    """One grid that attention sees: a picture, a tile, a frame.
 
+    Attributes:
+        rows, columns: tokens of the language model.
+        region: where tokens may be kept (not in padding); None for everywhere.
+    """
+
+    rows: int
+    columns: int
+    region: Region | None = None
+
+    @property
+    def inside(self) -> Region:
+        return self.region or Region(0, self.rows, 0, self.columns)
+
+
+class Tower(NamedTuple):
+    """Where vLLM keeps a vision encoder, and how its hidden states lie.
+
+    Attributes:
+        blocks: those that run, in order; the last one is the output layer.
+        attention: name of a block's encoder attention, called with query, key and value.
+        qkv: name of a block's linear layer that makes Q, K and V together.
+        heads: H, attention heads of a block over all ranks.
+        leading: tokens before those of a part (1 with a CLS token), which vLLM takes off again.
+        packed: whether all parts stand in one row of the batch; else each is one.
+        merge: patches a side of a token of the language model.
+        raster: whether a part's patches stand row by row; else those of one token together.
+        within_images: whether the last block attends from every token to all of its part.
+        second_call: arguments of the last block that differ in its second call (`kept_only`).
+    """
+
+    blocks: Sequence[Any]
+    attention: str
+    qkv: str
+    heads: int
+    leading: int = 0
+    packed: bool = False
+    merge: int = 1
+    raster: bool = True
+    within_images: bool = True
+    second_call: Mapping[str, Any] = {}
+
+
+Shape = tuple[int, ...]
+"""What an image's grids follow from, in a family's own terms: such as its size in pixels."""
+
+
+class Batch(NamedTuple):
+    """Images as a family's `forward` takes them.
+
+    Attributes:
+        pixels: of all images.
+        shapes: one an image.
+        places: (tokens,) int64, place of every token of the batch in the order that the blocks run
+            in; None where that is the order of the tokens.
+        metadata: what else the tower is called with.
+    """
+
+    pixels: Any
+    shapes: Sequence[Shape]
+    places: torch.Tensor | None = None
+    metadata: Mapping[str, Any] = {}
+
+
+class FamilyAdapter(ABC):
+    """What is a model family's own. All methods are stateless.
+
+    Attributes:
+        mrope: whether tokens have 3-D rotary positions in the language model (M-RoPE), so that the
+            kept ones bring theirs along (section 4).
+    """
+
+    mrope: ClassVar[bool] = False
+
+    @abstractmethod
     def encoder(self, hf_config: Any) -> Encoder:
         """Reads what the encoder allows from the checkpoint's configuration.
 
         Raises:
             UnsupportedCheckpoint: the encoder cannot be pruned.
+            TooShallow: it has fewer layers than pruning needs.
         """
-        ...
 
+    @abstractmethod
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]
     ) -> TokenCount:
@@ -175,8 +249,8 @@ class FamilyAdapter(Protocol):
 
         `options` are the processor options of the request, which may change an image's size.
         """
-        ...
 
+    @abstractmethod
     def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
         """Visual tokens that one image has by what the processor made of it.
 
@@ -185,29 +259,53 @@ class FamilyAdapter(Protocol):
         Args:
             hf_config: the checkpoint's configuration.
             inputs: the model's own multimodal inputs of one image, without a batch dimension.
-        """
-        ...
 
-    def embed(
-        self,
-        model: Any,
-        images: Sequence[Image],
-        sum_over_ranks: SumOverRanks | None,
-        **kwargs: object,
-    ) -> list[Encoded]:
-        """Encodes a batch of images and projects the kept tokens only.
+        Raises:
+            RuntimeError: the inputs do not fit together ("version drift").
+        """
+
+    @abstractmethod
+    def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:
+        """The parts of an image, each pruned on its own, numbered from 0 in this order."""
+
+    @abstractmethod
+    def tower(self, model: Any) -> Tower:
+        """The vision encoder of a vLLM model."""
+
+    @abstractmethod
+    def batch(self, model: Any, **kwargs: object) -> Batch:
+        """Images from the model's own multimodal inputs, as vLLM reads them."""
+
+    @abstractmethod
+    def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
+        """vLLM's tower and projector as they are.
+
+        The tower's last block returns the patches of the kept tokens alone, token by token in the
+        order of the parts, each token's row by row: (1, leading + patches, width), or
+        (patches, 1, width) where it works on (patches of the batch, 1, width).
 
         Args:
-            model: the vLLM model.
-            images: in the order of the inputs.
-            sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
-            kwargs: the model's own multimodal inputs of the batch.
+            parts: of every image, those that keep something; others need not be encoded.
 
         Returns:
-            One an image, in order.
+            (kept tokens of the batch, width of the language model).
         """
-        ...
 
+    def whole(self, model: Any, shape: Shape, tokens: torch.Tensor) -> torch.Tensor:
+        """An unpruned image as vLLM returns it, from all (tokens, width) of its grids."""
+        return tokens
+
+    def prompt_order(
+        self, hf_config: Any, shape: Shape, selection: Selection
+    ) -> torch.Tensor | None:
+        """Order of an image's kept tokens in the prompt, which is that of the unpruned one.
+
+        Returns:
+            (kept,) int64, places in the concatenation of the parts; None where they are in order.
+        """
+        return None
+
+    @abstractmethod
     def views(
         self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
     ) -> list[View]:
@@ -218,7 +316,6 @@ class FamilyAdapter(Protocol):
             inputs: the model's own multimodal inputs of one image, without a batch dimension.
             mean, std: that its pixels were normalised by.
         """
-        ...
 
 
 def shown(pixels: torch.Tensor, mean: Colour, std: Colour) -> torch.Tensor:
@@ -230,54 +327,3 @@ def shown(pixels: torch.Tensor, mean: Colour, std: Colour) -> torch.Tensor:
     if picture.dtype == torch.uint8:
         return picture / 255
     return (picture.float() * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
-
-
-def choose(
-    budgets: Mapping[int, ImageBudget],
-    scores: Mapping[tuple[int, str, int], torch.Tensor],
-    *,
-    output_layer: int,
-    count: int,
-    columns: int,
-    device: torch.device,
-    regions: Mapping[int, Region | None] | None = None,
-) -> dict[int, torch.Tensor]:
-    """Kept indices of pictures that all have `count` tokens.
-
-    Pictures with the same budget are selected together: one set of kernels for all of them.
-
-    Args:
-        budgets: by picture, numbered as in `scores`.
-        scores: (layer, score, picture) -> (count,).
-        output_layer: 1-based.
-        count, columns: the grid.
-        device: of the indices.
-        regions: the part of each picture that may be kept; None for all of it.
-
-    Returns:
-        A (budget.keep,) int64 tensor a picture, ascending.
-    """
-    with SELECTION.running(device):
-        groups: dict[tuple[ImageBudget, Region | None], list[int]] = {}
-        for row, budget in budgets.items():
-            groups.setdefault((budget, regions[row] if regions else None), []).append(row)
-        chosen: dict[int, torch.Tensor] = {}
-        for (budget, region), rows in groups.items():
-
-            def stacked(
-                layer: int, budget: ImageBudget = budget, rows: list[int] = rows
-            ) -> torch.Tensor:
-                return torch.stack([scores[layer, budget.score, row] for row in rows])
-
-            kept = kept_indices(
-                budget,
-                count=count,
-                columns=columns,
-                batch=len(rows),
-                device=device,
-                object_scores=stacked(budget.object_layer) if budget.anchors else None,
-                output_scores=stacked(output_layer) if budget.needs_attention else None,
-                region=region,
-            )
-            chosen.update(zip(rows, kept, strict=True))
-        return chosen

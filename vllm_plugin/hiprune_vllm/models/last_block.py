@@ -85,12 +85,8 @@ def kept_only(
             else:
                 raise RuntimeError("version drift: the output block did not call its attention")
         kept = choose()
-        rows = torch.cat([image.start + image.rows for image in kept])
-        context = _attended(attention, seen, kept, rows, within_images)
-        few = states.flatten(0, 1)[rows]
-        if spare_rows:
-            few = torch.cat([few[:1].expand(spare_rows, -1), few])
-            context = torch.cat([context[:1].expand(spare_rows, *context.shape[1:]), context])
+        rows = _rows(kept)
+        context = _with_spare(_attended(attention, seen, kept, rows, within_images), spare_rows)
         width = sum(tensor.shape[2:].numel() for tensor in (seen.query, seen.key, seen.value))
 
         def made_already(states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -99,12 +95,44 @@ def kept_only(
         def attended(*_: Any, **__: Any) -> torch.Tensor:
             return context[None]
 
-        batch_dimension = 1 if states.shape[1] == 1 else 0
+        few = _only(rows, states, spare_rows)
         with _instead(projection, made_already), _instead(attention, attended):
-            return run(few.unsqueeze(batch_dimension), *args, **kwargs | second_call)
+            return run(few, *args, **kwargs | second_call)
 
     with _instead(block, shortened):
         yield
+
+
+@contextmanager
+def kept_after(
+    block: nn.Module, choose: Callable[[], Sequence[Kept]], *, spare_rows: int = 0
+) -> Iterator[None]:
+    """As `kept_only`, but `block` runs for all rows before the kept ones are taken.
+
+    Nothing is taken for granted of the block but that it returns as many rows as it gets.
+    """
+    run = block.forward
+
+    def cut(*args: Any, **kwargs: Any) -> torch.Tensor:
+        states: torch.Tensor = run(*args, **kwargs)
+        return _only(_rows(choose()), states, spare_rows)
+
+    with _instead(block, cut):
+        yield
+
+
+def _rows(kept: Sequence[Kept]) -> torch.Tensor:
+    return torch.cat([image.start + image.rows for image in kept])
+
+
+def _only(rows: torch.Tensor, states: torch.Tensor, spare: int) -> torch.Tensor:
+    """Some rows of hidden states (B, T, width) or (T, 1, width), in one row of the batch."""
+    few = _with_spare(states.flatten(0, 1)[rows], spare)
+    return few.unsqueeze(1 if states.shape[1] == 1 else 0)
+
+
+def _with_spare(rows: torch.Tensor, spare: int) -> torch.Tensor:
+    return torch.cat([rows[:1].expand(spare, *rows.shape[1:]), rows]) if spare else rows
 
 
 def _leave(

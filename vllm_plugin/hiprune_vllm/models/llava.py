@@ -1,17 +1,15 @@
 """LLaVA-1.5: one square tile a picture, features from a single layer of the tower."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import Colour, Encoded, Image, Part, Selection, View, shown
-from hiprune_vllm.models.tiles import Tile, encode_tiles, tile_columns, tile_encoder
-from hiprune_vllm.plan import Encoder, TokenCount
-from hiprune_vllm.pruning.record import SumOverRanks
-from hiprune_vllm.pruning.select import Region
+from hiprune_vllm.models.base import Batch, Colour, Grid, Shape, View, shown
+from hiprune_vllm.models.tiles import TileAdapter, tile_columns
+from hiprune_vllm.plan import TokenCount
 
 
 def check_scaled(image_processor: Any, size: Any) -> None:
@@ -35,11 +33,10 @@ def check_scaled(image_processor: Any, size: Any) -> None:
     )
 
 
-class LlavaAdapter:
+class LlavaAdapter(TileAdapter):
     """`LlavaForConditionalGeneration`."""
 
-    def encoder(self, hf_config: Any) -> Encoder:
-        return tile_encoder("llava", hf_config)
+    name = "llava"
 
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]
@@ -53,32 +50,12 @@ class LlavaAdapter:
         patch: int = hf_config.vision_config.patch_size
         return (rows // patch) * (columns // patch)
 
-    def embed(
-        self,
-        model: Any,
-        images: Sequence[Image],
-        sum_over_ranks: SumOverRanks | None,
-        **kwargs: object,
-    ) -> list[Encoded]:
+    def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:
+        return [Grid(tile_columns(hf_config), tile_columns(hf_config))]
+
+    def batch(self, model: Any, **kwargs: object) -> Batch:
         pixels = model._parse_and_validate_image_input(**kwargs)["pixel_values"]
-        columns = tile_columns(model.config)
-        whole = Region(0, columns, 0, columns)
-        parts = [(Part(0, whole.size, whole, image.budget.keep),) for image in images]
-        tiles = []
-        for i, image in enumerate(images):
-            known = image.known_of(parts[i])
-            tiles.append(
-                Tile(pixels[i], image.budget, known=known[0] if known else None, trace=image.trace)
-            )
-        encoder = self.encoder(model.config)
-        kept, indices = encode_tiles(model, encoder, tiles, sum_over_ranks)
-        projected = model.multi_modal_projector(torch.cat(kept)).split([len(i) for i in indices])
-        return [
-            Encoded(embeddings, None if image.budget.is_full else Selection(of_image, (index,)))
-            for image, of_image, embeddings, index in zip(
-                images, parts, projected, indices, strict=True
-            )
-        ]
+        return Batch([tile[None] for tile in pixels], [()] * len(pixels))
 
     def views(
         self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
