@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hiprune_vllm.models.base import Batch, FamilyAdapter, Grid, Image, Selection, Tower
-from hiprune_vllm.models.encode import encode, parts_of, pooled, rows_of
+from hiprune_vllm.models.encode import check_tower, encode, parts_of, pooled, rows_of
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.select import Region, kept_indices
@@ -163,4 +163,6 @@ def test_merged_tiles_are_pruned_as_by_hand(last_block, monkeypatch):
 def test_a_tower_of_another_depth_is_version_drift():
     model = SimpleNamespace(blocks=nn.ModuleList([Block()]), config=None)
     with pytest.raises(RuntimeError, match="version drift: expected 2 encoder blocks, got 1"):
-        encode(MergedTiles(), model, [Image(budget(9))], None, pixels=torch.zeros(1, 2, 49, WIDTH))
+        check_tower(MergedTiles(), model)
+    model.blocks.append(Block())
+    check_tower(MergedTiles(), model)

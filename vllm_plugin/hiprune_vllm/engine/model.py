@@ -8,6 +8,7 @@ from cachetools import LRUCache
 from prometheus_client import Histogram
 from vllm.config import VllmConfig
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
@@ -21,7 +22,7 @@ from hiprune_vllm.engine.compat import (
 )
 from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
-from hiprune_vllm.models.encode import encode
+from hiprune_vllm.models.encode import check_tower, encode
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 let_cpu_runner_receive()
@@ -64,6 +65,10 @@ class PrunedModel(torch.nn.Module):
         if vllm_config.lora_config is not None:
             keep_adapters_to_their_requests()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        multimodal = vllm_config.model_config.multimodal_config
+        # The other stages of a pipeline have no tower, nor has a server that takes no pictures.
+        if get_pp_group().is_first_rank and multimodal.get_limit_per_prompt("image"):
+            check_tower(self.family, self)
         self._kept_before: LRUCache[Key, Selection] = LRUCache(REMEMBERED_IMAGES)
 
     def forget(self) -> None:

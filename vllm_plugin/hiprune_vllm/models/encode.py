@@ -26,6 +26,7 @@ from hiprune_vllm.models.base import (
     Tower,
     Trace,
     TracedPart,
+    UnsupportedCheckpoint,
 )
 from hiprune_vllm.models.last_block import Kept, kept_after, kept_only
 from hiprune_vllm.pruning.budget import ImageBudget, spread
@@ -141,6 +142,21 @@ class Piece:
         return None if self.part.region.size == self.part.full else self.part.region
 
 
+def check_tower(family: FamilyAdapter, model: Any) -> None:
+    """Holds a model that has just been made against what the checkpoint says of its encoder.
+
+    Raises:
+        RuntimeError: the tower does not end with the output layer ("version drift").
+    """
+    try:
+        expected = family.encoder(model.config).output_layer
+    except UnsupportedCheckpoint:
+        return  # it is served as it is
+    found = len(family.tower(model).blocks)
+    if found != expected:
+        raise RuntimeError(f"version drift: expected {expected} encoder blocks, got {found}")
+
+
 def encode(
     family: FamilyAdapter,
     model: Any,
@@ -159,16 +175,9 @@ def encode(
 
     Returns:
         One an image, in order.
-
-    Raises:
-        RuntimeError: the tower does not end with the output layer ("version drift").
     """
     batch, tower = family.batch(model, **kwargs), family.tower(model)
-    output_layer = family.encoder(model.config).output_layer
-    if len(tower.blocks) != output_layer:
-        raise RuntimeError(
-            f"version drift: expected {output_layer} encoder blocks, got {len(tower.blocks)}"
-        )
+    output_layer = len(tower.blocks)  # see `check_tower`
     of_images = _pieces(family, model.config, batch, tower, images)
     pieces = [piece for of_image in of_images for piece in of_image]
     recorder = ScoreRecorder(
