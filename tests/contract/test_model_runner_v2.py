@@ -45,6 +45,12 @@ def pretend():
     assert HAS_TRITON
 
 
+def source(method):
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    return inspect.getsource(getattr(GPUModelRunner, method))
+
+
 def pictures(*found):
     """Features of a request's pictures: (name, offset, kept tokens or None, rows, columns)."""
     from vllm.multimodal.inputs import (
@@ -113,6 +119,9 @@ def a_model(known):
 
         def embed_multimodal(self, **kwargs):
             self.batches.append(kwargs)
+            if "pixel_values_videos" in kwargs:
+                videos = kwargs["pixel_values_videos"].flatten(1)[:, :1].expand(-1, WIDTH)
+                return [torch.cat([row[None], no_positions(1, row)], dim=1) for row in videos]
             assert kwargs[BUDGET_FIELD].device.type == "cpu"
             embeddings = []
             for number in kwargs["pixel_values"].flatten(1)[:, 0].long().tolist():
@@ -412,11 +421,9 @@ def test_the_configuration_is_asked_once_the_model_is_loaded_and_on_the_first_st
         "later stage": False,
         "one position a token": False,
     }
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    loaded = inspect.getsource(GPUModelRunner.load_model)
+    loaded = there(source, "load_model")
     assert loaded.index("model_loader.load_model(") < loaded.index("init_model_state(")
-    made = inspect.getsource(GPUModelRunner.__init__)
+    made = there(source, "__init__")
     assert re.search(
         r"if self\.supports_mm_inputs and self\.is_first_pp_rank:\s+"
         r"self\.encoder_cache = EncoderCache\(\)",
@@ -474,6 +481,35 @@ def test_pictures_are_encoded_in_one_batch_and_kept_by_the_identity_that_has_the
     assert freed
     assert set(freed) | set(left) == set(lengths)
     assert not set(freed) & set(left)
+
+
+def mixed():
+    """Batches of a step with pictures and videos in turn, and what each comes to."""
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
+
+    def video(number):
+        field = MultiModalFieldConfig.batched("video")
+        (elem,) = field.build_elems("pixel_values_videos", torch.full((1, 4), float(number)))
+        return "video", MultiModalKwargsItem({"pixel_values_videos": elem})
+
+    runner = Runner(dict(enumerate(PARTS)))
+    (first, second) = (
+        ("image", one.data) for one in pictures((1, 0, *PARTS[1]), (0, 2, *PARTS[0]))
+    )
+    outputs = runner.state.encoder_runner.execute_mm_encoder(
+        [video(50), first, video(60), second, video(70)]
+    )
+    return [sorted(batch) for batch in runner.model.batches], [item[0, 0] for item in outputs]
+
+
+def test_pictures_and_videos_of_a_step_are_batches_of_their_own_and_keep_their_order(there):
+    """Otherwise a picture's rows go to the places of a video."""
+    batches, firsts = there(mixed)
+    assert batches == [
+        ["hiprune_budget", "image_grid_thw", "pixel_values"],
+        ["pixel_values_videos"],
+    ]
+    assert firsts == [50, 1000, 60, 0, 70]
 
 
 def captured():
@@ -545,9 +581,7 @@ def test_what_a_picture_keeps_is_known_also_where_its_pixels_stay_behind(there):
     _, _, positions = a_prompt(*PROMPTS["many"])
     assert delta == int(positions.max()) + 1 - positions.shape[1]
     assert all(kept)  # a preempted request brings them along again
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    step = inspect.getsource(GPUModelRunner.execute_model)
+    step = there(source, "execute_model")
     if "update_encoder_inputs" in step:
         assert step.index("self.add_requests(") < step.index("update_encoder_inputs")
 
@@ -607,6 +641,116 @@ def test_the_measurement_of_memory_runs_as_requests_do(there):
     count, cached, dummy = there(profiled)
     assert (count, cached) == (2, 2)
     assert dummy == {"inputs_embeds": (12, WIDTH), "positions": (3, 12)}
+
+
+def a_stage():
+    """Our model around a stage that has no layers, and tells the positions that it got."""
+    from vllm.sequence import IntermediateTensors
+
+    from hiprune_vllm.engine.compat import ENCODER_BUDGET
+    from hiprune_vllm.engine.positions import PrunedMRopeModel
+
+    class OfVllm(torch.nn.Module):
+        def __init__(self, *, vllm_config, prefix):
+            super().__init__()
+
+        def make_empty_intermediate_tensors(self, batch_size, dtype, device):
+            hidden = torch.zeros(batch_size, WIDTH, dtype=dtype, device=device)
+            return IntermediateTensors({"hidden_states": hidden})
+
+        def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+            if intermediate_tensors is None:
+                return IntermediateTensors({"hidden_states": inputs_embeds.clone()})
+            return torch.cat([intermediate_tensors["hidden_states"], positions.t()], dim=1)
+
+    config = a_config()
+    config.model_config.multimodal_config.mm_encoder_tp_mode = "weights"
+    config.compilation_config.compile_mm_encoder = False
+    config.ec_manager_config = SimpleNamespace(encoder_cache_manager_cls=ENCODER_BUDGET)
+    config.speculative_config = config.lora_config = None
+    return type("Stage", (PrunedMRopeModel, OfVllm), {})(vllm_config=config, prefix="")
+
+
+def a_graph(stage, first, state, received):
+    """The runner's own bookkeeping of whole-model graphs, which here run anew at each replay."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    manager = object.__new__(cudagraph_utils.ModelCudaGraphManager)
+    alone = SimpleNamespace(data_parallel_size=1, data_parallel_rank=0)
+    vars(manager).update(
+        use_breakable_cg=False, cudagraph_mode=CUDAGraphMode.FULL, max_num_reqs=REQUESTS,
+        vllm_config=SimpleNamespace(parallel_config=alone), is_first_pp_rank=first,
+        is_last_pp_rank=not first, hidden_states=None, aux_hidden_states=[],
+        intermediate_tensors=None,
+    )  # fmt: skip
+    buffers = SimpleNamespace(
+        input_ids=torch.zeros(TOKENS, dtype=torch.int32),
+        positions=torch.zeros(TOKENS, dtype=torch.int64),
+        is_padding=torch.zeros(TOKENS, dtype=torch.bool),
+    )
+    graphs = {}
+
+    def capture(self, create, _):
+        for size in (8, 4, 2):
+            desc = SimpleNamespace(
+                num_tokens=size, num_reqs=size, num_active_loras=0, num_ubatches=1,
+                cg_mode=CUDAGraphMode.FULL, max_query_len=1, uniform_token_count=1,
+            )  # fmt: skip
+            graphs[size] = create(desc, False)
+            graphs[size](CUDAGraphMode.FULL)
+
+    def replay(size):
+        run = patch.object(
+            cudagraph_utils.CudaGraphManager,
+            "run_fullgraph",
+            lambda _, desc: graphs[desc.num_tokens](CUDAGraphMode.FULL),
+        )
+        with run, patch.object(cudagraph_utils, "set_forward_context"):
+            return manager.run_fullgraph(SimpleNamespace(num_tokens=size))
+
+    with (
+        patch.object(cudagraph_utils.CudaGraphManager, "capture", capture),
+        patch.object(cudagraph_utils, "prepare_inputs_to_capture", lambda *_, **__: (None, None)),
+        patch.object(cudagraph_utils, "set_forward_context"),
+    ):
+        manager.capture(stage, state, buffers, received, None, None, None)
+    return replay
+
+
+def staged():
+    """What the second stage of a pipeline computes with, by tokens in a step."""
+    positions = torch.zeros(3, TOKENS + 1, dtype=torch.int64)
+    embeds = torch.zeros(TOKENS, WIDTH)
+    given = SimpleNamespace(
+        prepare_dummy_inputs=lambda _, count: {
+            "inputs_embeds": embeds[:count],
+            "positions": positions[:, :count],
+        }
+    )
+    flat = SimpleNamespace(
+        prepare_dummy_inputs=lambda _, count: {"positions": positions.new_zeros(3, count)}
+    )
+    later = a_stage()
+    received = later.make_empty_intermediate_tensors(
+        batch_size=TOKENS, dtype=torch.float32, device=torch.device("cpu")
+    )
+    first, second = a_graph(a_stage(), True, given, None), a_graph(later, False, flat, received)
+    found = []
+    for size in (4, 8, 2):
+        positions.copy_(torch.arange(positions.numel()).view_as(positions) + size)
+        embeds.copy_(torch.arange(embeds.numel()).view_as(embeds) + size)
+        sent = first(size)
+        for name, place in received.tensors.items():  # as the runner's `execute_model`
+            place[:size].copy_(sent.tensors[name][:size])
+        expected = torch.cat([embeds[:size], positions[:, :size].t()], dim=1)
+        found.append((torch.equal(second(size), expected), sent["hidden_states"].shape[0]))
+    return found
+
+
+def test_graphs_of_a_pipelines_stages_hand_positions_on(there):
+    """Otherwise later stages see kept tokens in wrong places once graphs are replayed."""
+    assert there(staged) == [(True, 4), (True, 8), (True, 2)]
 
 
 def adapted():
