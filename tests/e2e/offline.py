@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -23,25 +25,69 @@ ENVIRONMENT = {
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
+INTERPRETED = Path(__file__).parent.parent / "interpreted"
+INTERPRETED_KERNELS = {
+    "TRITON_INTERPRET": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # the compiler would ask Triton's back end for more than it has
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(INTERPRETED), os.environ.get("PYTHONPATH")])),
+}
+"""Triton's kernels run on the CPU."""
 
-def _call(function: Callable[..., Any], environment: dict[str, str], args: tuple[Any, ...]) -> Any:
-    os.environ.update(environment)
-    return function(*args)
+NEWER_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+"""vLLM's newer model runner, which CUDA engines have by themselves."""
+if not torch.cuda.is_available():
+    NEWER_RUNNER |= INTERPRETED_KERNELS
+
+
+@contextmanager
+def new_process(environment: dict[str, str] | None = None) -> Iterator[Callable[..., Any]]:
+    """Calls module-level functions in one fresh process with vLLM's environment set."""
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        # It starts at the first call: what is read before any of our code runs has to be there.
+        with patch.dict(os.environ, ENVIRONMENT | (environment or {})):
+            return pool.submit(function, *args).result()
+
+    with pool:
+        yield call
 
 
 def in_new_process(
     function: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None
 ) -> Any:
     """Result of a module-level function in a fresh process with vLLM's environment set."""
-    variables = ENVIRONMENT | (environment or {})
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_call, function, variables, args).result()
+    with new_process(environment) as call:
+        return call(function, *args)
+
+
+def schedule_ahead() -> None:
+    """Leaves vLLM's choice to schedule a step while another one runs, as on CUDA. Idempotent.
+
+    On the CPU vLLM takes it back, since its older runner has nothing of it there.
+    """
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    check = platform.check_and_update_config
+    if not current_platform.is_cpu() or hasattr(check, "of_vllm"):
+        return
+
+    def check_all_else(config: Any) -> None:
+        chosen = config.scheduler_config.async_scheduling
+        check(config)
+        config.scheduler_config.async_scheduling = chosen
+
+    check_all_else.of_vllm = check  # type: ignore[attr-defined]
+    platform.check_and_update_config = staticmethod(check_all_else)
 
 
 def engine(model: str, **options: Any) -> Any:
     """A small offline engine. In-process where the environment says so (`IN_PROCESS`)."""
     from vllm import LLM
 
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        schedule_ahead()
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         options.setdefault("distributed_executor_backend", "uni")
     return LLM(
@@ -101,11 +147,21 @@ def runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
+def lose_encoder_outputs(llm: Any) -> None:
+    """Empties vLLM's own cache of an in-process engine: a reset would empty more."""
+    scheduler(llm).encoder_cache_manager.reset()
+    cache = runner(llm).encoder_cache
+    getattr(cache, "encoder_outputs", cache).clear()  # the newer runner's is an object
+
+
 @contextmanager
 def pixels_of_steps(llm: Any) -> Iterator[list[int]]:
     """Notes how many pixel values an in-process engine moves to the device in every step."""
-    of_worker, model, steps = runner(llm), worker_model(llm), []
-    step, embed = of_worker._execute_mm_encoder, model.embed_multimodal
+    model, steps = worker_model(llm), []
+    of_worker, name = runner(llm), "_execute_mm_encoder"
+    if not hasattr(of_worker, name):  # vLLM's newer runner
+        of_worker, name = of_worker.model_state, "execute_mm_encoder"
+    step, embed = getattr(of_worker, name), model.embed_multimodal
 
     def note_step(*args: Any, **kwargs: Any) -> Any:
         steps.append(0)
@@ -118,11 +174,12 @@ def pixels_of_steps(llm: Any) -> Iterator[list[int]]:
         steps[-1] += kwargs["pixel_values"].numel()
         return embed(**kwargs)
 
-    of_worker._execute_mm_encoder, model.embed_multimodal = note_step, note_pixels
+    setattr(of_worker, name, note_step)
+    model.embed_multimodal = note_pixels
     try:
         yield steps
     finally:
-        del of_worker._execute_mm_encoder
+        delattr(of_worker, name)
         del model.embed_multimodal
 
 

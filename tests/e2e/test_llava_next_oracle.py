@@ -10,10 +10,9 @@ from tests.e2e.offline import (
     forget,
     generate,
     in_new_process,
+    lose_encoder_outputs,
     one_by_one,
     request,
-    runner,
-    scheduler,
     spy_on_selection,
     worker_model,
 )
@@ -107,8 +106,7 @@ def run(path, names):
     wish = request(picture("square"), {"tokens": 400})
     first = generate(llm, [wish])[0]
     # The encoder's outputs alone are lost: with the caches' resets the selections would be, too.
-    scheduler(llm).encoder_cache_manager.reset()
-    runner(llm).encoder_cache.clear()
+    lose_encoder_outputs(llm)
     with spy_on_selection() as chosen_again:
         again = generate(llm, [{**wish, "prompt": wish["prompt"] + "x"}])[0]
         results["again"] = generate(llm, [wish])[0] == first and again["tokens"] is not None

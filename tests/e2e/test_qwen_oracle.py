@@ -88,7 +88,7 @@ def record_positions(llm):
 
     def spy(*args, **kwargs):
         result = recompute(*args, **kwargs)
-        seen[result[1].shape[1]] = result[1].clone()
+        seen[result[1].shape[1]] = result[1].clone().cpu()  # the newer runner's are on the device
         return result
 
     model.recompute_mrope_positions = spy
