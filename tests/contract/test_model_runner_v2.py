@@ -60,7 +60,7 @@ def pictures(*found):
         PlaceholderRange,
     )
 
-    from hiprune_vllm.engine.model import BUDGET_FIELD, pack_item
+    from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
     from hiprune_vllm.pruning.budget import ImageBudget
 
     features = []
@@ -99,8 +99,8 @@ def a_model(known):
     """
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-    from hiprune_vllm.engine.model import BUDGET_FIELD
     from hiprune_vllm.engine.positions import PrunedMRopeModel
+    from hiprune_vllm.engine.wire import BUDGET_FIELD
     from hiprune_vllm.pruning.positions import encode_positions, no_positions
 
     class StandIn(PrunedMRopeModel):
@@ -665,6 +665,7 @@ def a_stage():
 
     config = a_config()
     config.model_config.multimodal_config.mm_encoder_tp_mode = "weights"
+    config.model_config.multimodal_config.language_model_only = True  # it has no tower
     config.compilation_config.compile_mm_encoder = False
     config.ec_manager_config = SimpleNamespace(encoder_cache_manager_cls=ENCODER_BUDGET)
     config.speculative_config = config.lora_config = None

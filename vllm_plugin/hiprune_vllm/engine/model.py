@@ -66,8 +66,8 @@ class PrunedModel(torch.nn.Module):
             keep_adapters_to_their_requests()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         multimodal = vllm_config.model_config.multimodal_config
-        # The other stages of a pipeline have no tower, nor has a server that takes no pictures.
-        if get_pp_group().is_first_rank and multimodal.get_limit_per_prompt("image"):
+        # A server that takes no pictures has no tower, nor have the other stages of a pipeline.
+        if multimodal.get_limit_per_prompt("image") and get_pp_group().is_first_rank:
             check_tower(self.family, self)
         self._kept_before: LRUCache[Key, Selection] = LRUCache(REMEMBERED_IMAGES)
 
