@@ -20,6 +20,10 @@ needs_two_gpus_or_none = pytest.mark.skipif(
     torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none"
 )
 A_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+COMPARED = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # sends a function
+    "PRUNING_SECRET": "of all engines here",  # which know a picture by the same key then
+}
 TEXT = "abab cdcd What is this? abab cdcd "  # something to look drafts up in
 TOKENS = 32
 
@@ -84,8 +88,7 @@ def result(tmp_path_factory):
             ranks = any(name.endswith("parallel_size") for name in options)
             results[key] = in_new_process(
                 run, str(folders[family]), family, options,
-                environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # sends a function
-                | (A_CORE_EACH if ranks else IN_PROCESS),
+                environment=COMPARED | (A_CORE_EACH if ranks else IN_PROCESS),
             )  # fmt: skip
         return results[key]
 
