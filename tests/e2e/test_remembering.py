@@ -60,7 +60,7 @@ def pictures():
 
 def forged(llm, ask):
     """The same requests with the keys as they are, and with one key for all of them."""
-    from hiprune_vllm.engine import model
+    from hiprune_vllm.engine import wire
 
     coffee, cat, tall = pictures()
     items = [
@@ -76,7 +76,7 @@ def forged(llm, ask):
     ]
     honest = one_by_one(llm, items)
     forget(llm)
-    keyed, model.keyed = model.keyed, lambda *_: (1, 2, 3, 4)
+    keyed, wire.keyed = wire.keyed, lambda *_: (1, 2, 3, 4)
     try:
         collided = []
         for item in items:
@@ -85,7 +85,7 @@ def forged(llm, ask):
             collided.append(answer | {"kept": kept})
         together = generate(llm, items)
     finally:
-        model.keyed = keyed
+        wire.keyed = keyed
     forget(llm)
     return {"honest": honest, "forged": collided, "together": together}
 

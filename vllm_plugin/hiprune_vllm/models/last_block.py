@@ -109,13 +109,17 @@ def kept_after(
 ) -> Iterator[None]:
     """As `kept_only`, but `block` runs for all rows before the kept ones are taken.
 
-    Nothing is taken for granted of the block but that it returns as many rows as it gets.
+    Nothing is taken for granted of the block but that it returns as many rows as it gets, first
+    where it returns several things.
     """
     run = block.forward
 
-    def cut(*args: Any, **kwargs: Any) -> torch.Tensor:
-        states: torch.Tensor = run(*args, **kwargs)
-        return _only(_rows(choose()), states, spare_rows)
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        made = run(*args, **kwargs)
+        if isinstance(made, tuple):  # some blocks return more beside their rows
+            states, *others = made
+            return (_only(_rows(choose()), states, spare_rows), *others)
+        return _only(_rows(choose()), made, spare_rows)
 
     with _instead(block, cut):
         yield
