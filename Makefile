@@ -41,7 +41,7 @@ serve: venv ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
 test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to pytest)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
-test-long: venv ## every set of flags, where `make test` has a sample (half an hour)
+test-long: venv ## every set of flags, and the newer model runner, where `make test` has a sample (two hours)
 	$(BIN)/python -m pytest -m long --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-unit: venv ## the tests that need no engine (seconds)
@@ -126,7 +126,7 @@ vllm: $(VLLM_VENV)/.installed ## set up an environment with another release of v
 test-vllm: vllm ## all tests under that release (ARGS="tests/contract" for some)
 	$(VLLM_VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
-contract: vllm ## the vLLM hooks alone, under that release (a minute)
+contract: vllm ## the vLLM hooks alone, under that release (minutes)
 	$(VLLM_VENV)/bin/python -m pytest tests/contract $(ARGS)
 
 bench-vllm: vllm ## benchmarks a, b and f under that release and the locked one, as ratios

