@@ -41,8 +41,8 @@ serve: venv ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
 test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to pytest)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
-test-long: venv ## every set of flags, and the newer model runner, where `make test` has a sample (two hours)
-	$(BIN)/python -m pytest -m long --numprocesses $(JOBS) --dist loadfile $(ARGS)
+test-long: venv ## every flag, family, sweep and the newer model runner, where `make test` has a sample (hours)
+	SWEEPS=whole $(BIN)/python -m pytest -m "long or sweep" --timeout 3600 --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-unit: venv ## the tests that need no engine (seconds)
 	$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -223,6 +223,8 @@ async def describe(raw_request: Request) -> dict[str, Any]:
     if encoder is None:
         return answer | {"reason": pruning.unsupported}
     default = complete(pruning.default.over(FULL), encoder)
+    if encoder.careful_ratio is not None:
+        answer["careful_ratio"] = encoder.careful_ratio
     return answer | {
         "family": encoder.family,
         "encoder": {"output_layer": encoder.output_layer, "has_cls": encoder.has_cls},

@@ -75,10 +75,12 @@ def a_model(known):
     from hiprune_vllm.engine.wire import BUDGET_FIELD
     from hiprune_vllm.pruning.positions import encode_positions, no_positions
 
-    class StandIn(PrunedMRopeModel):
-        supports_mrope = True
-        supports_multimodal_pruning = True
+    class OfVllm(torch.nn.Module):
         iter_mm_grid_thw = Qwen2_5_VLForConditionalGeneration.iter_mm_grid_thw
+        get_mrope_input_positions = Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions
+
+    class StandIn(PrunedMRopeModel, OfVllm):
+        supports_mrope = True
 
         def __init__(self):
             torch.nn.Module.__init__(self)

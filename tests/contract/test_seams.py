@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,17 +17,24 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.models import llava, llava_next, qwen2, qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import BaseMultiModalProcessor
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    ProcessorInputs,
+    PromptUpdateDetails,
+    TimingContext,
+)
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
 from hiprune_vllm.engine.rotary import rotary_rows
+from hiprune_vllm.models.llava import LlavaAdapter
+from tests.photos import photo
 from tests.reference import random_llava
-from tests.reference.checkpoints import build_llava_next, build_qwen2_5_vl
+from tests.reference.checkpoints import QWEN, build_llava_next, build_qwen
 
 BUILDERS = {
     "llava": random_llava.build,
     "llava_next": build_llava_next,
-    "qwen2_5_vl": build_qwen2_5_vl,
+    **{name: partial(build_qwen, name) for name in QWEN},
 }
 
 
@@ -86,6 +94,71 @@ def test_a_drifted_processor_stops_the_start_with_what_was_expected(
     with pytest.raises(RuntimeError, match=r"version drift: expected .* got ") as error:
         MULTIMODAL_REGISTRY.create_processor(config(checkpoints.get(drift, checkpoints["llava"])))
     assert told in str(error.value)
+
+
+BOI, EOI, ROW = 1, 2, 3
+
+
+def structured(tokens):
+    """vLLM's own kind of placeholder with tokens around and between the embeddings."""
+    rows = [token for i in range(0, len(tokens), 24) for token in (*tokens[i : i + 24], ROW)]
+    return PromptUpdateDetails.select_token_id([BOI, *rows, EOI], tokens[0])
+
+
+@pytest.fixture
+def with_structure(monkeypatch):
+    of_vllm = llava.LlavaMultiModalProcessor._get_prompt_updates
+
+    def updates(self, *args, **kwargs):
+        (update,) = of_vllm(self, *args, **kwargs)
+        return [replace(update, replacement=lambda i: structured(update.resolve(i).content.full))]
+
+    monkeypatch.setattr(llava.LlavaMultiModalProcessor, "_get_prompt_updates", updates)
+
+
+def processed(processor, plan):
+    result = processor.apply(
+        ProcessorInputs(
+            prompt=[5, processor.info.get_hf_config().image_token_index, 6],
+            mm_data_items=processor.info.parse_mm_data({"image": [photo("chelsea")]}),
+            hf_processor_mm_kwargs={"hiprune": plan},
+        ),
+        TimingContext(enabled=False),
+    )
+    (place,) = result["mm_placeholders"]["image"]
+    return result["prompt_token_ids"], place
+
+
+def test_tokens_around_and_between_embeddings_stay_where_an_image_is_pruned(
+    checkpoints, with_structure
+):
+    processor = MULTIMODAL_REGISTRY.create_processor(config(checkpoints["llava"]))
+    image = processor.info.get_hf_config().image_token_index
+    tokens, place = processed(processor, {"tokens": 30})
+    rows = [*[image] * 24, ROW, *[image] * 6, *[ROW] * 23]
+    assert tokens == [5, BOI, *rows, EOI, 6]
+    assert (place.offset, place.length, place.get_num_embeds()) == (1, len(tokens) - 2, 30)
+    whole, place = processed(processor, {})
+    assert (len(whole), place.get_num_embeds()) == (576 + 24 + 2 + 2, 576)
+
+
+def test_a_family_says_which_tokens_go_with_their_patches(checkpoints, with_structure, monkeypatch):
+    def without_rows(self, tokens, is_embed, keep):
+        return [BOI, *[tokens[1]] * keep, EOI]
+
+    monkeypatch.setattr(LlavaAdapter, "placeholder", without_rows)
+    processor = MULTIMODAL_REGISTRY.create_processor(config(checkpoints["llava"]))
+    tokens, place = processed(processor, {"tokens": 30})
+    assert tokens == [5, BOI, *[tokens[2]] * 30, EOI, 6]
+    assert place.is_embed.tolist() == [False, *[True] * 30, False]
+
+
+def test_a_family_that_cuts_a_placeholder_wrongly_does_not_start(checkpoints, monkeypatch):
+    monkeypatch.setattr(
+        LlavaAdapter, "placeholder", lambda self, tokens, is_embed, keep: tokens[: keep + 1]
+    )
+    with pytest.raises(RuntimeError, match=r"expected 192 placeholder tokens for embeddings, got"):
+        MULTIMODAL_REGISTRY.create_processor(config(checkpoints["llava"]))
 
 
 ROPES = {

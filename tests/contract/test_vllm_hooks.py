@@ -16,7 +16,17 @@ import pytest
 import vllm
 from vllm.config import CompilationConfig, LoRAConfig, MultiModalConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import MMEncoderAttention
-from vllm.model_executor.models import clip, llava, llava_next, qwen2_5_vl, siglip
+from vllm.model_executor.models import (
+    clip,
+    llava,
+    llava_next,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
+    qwen3_vl_moe,
+    siglip,
+)
 from vllm.multimodal.cache import LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptReplacement
@@ -132,6 +142,9 @@ BLOCKS = {
     clip.CLIPAttention: "1d8c8fa46c84c580",
     siglip.SiglipEncoderLayer: "528ea75a92f1bf0d",
     siglip.SiglipAttention: "d03b76e5a2fd81ec",
+    qwen2_vl.Qwen2VisionBlock: "47cffd95dc980e8e",
+    qwen2_vl.Qwen2VisionAttention: "b1bcad56fff52ccf",
+    qwen3_vl.Qwen3_VisionBlock: "d6723616ab715d7f",
     qwen2_5_vl.Qwen2_5_VisionBlock: "d1425af1101d6c95",
     qwen2_5_vl.Qwen2_5_VisionAttention: "f7965cef1261aabe",
 }
@@ -284,30 +297,76 @@ def test_llava_next_has_the_parts_that_are_called():
     ]
 
 
-def test_qwen_has_the_parts_that_are_called():
-    model, visual = (
-        qwen2_5_vl.Qwen2_5_VLForConditionalGeneration,
-        qwen2_5_vl.Qwen2_5_VisionTransformer,
-    )
+QWEN = {
+    qwen2_vl.Qwen2VLForConditionalGeneration: qwen2_vl.Qwen2VisionTransformer,
+    qwen2_5_vl.Qwen2_5_VLForConditionalGeneration: qwen2_5_vl.Qwen2_5_VisionTransformer,
+    qwen3_vl.Qwen3VLForConditionalGeneration: qwen3_vl.Qwen3_VisionTransformer,
+    qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration: qwen3_vl.Qwen3_VisionTransformer,
+    qwen3_5.Qwen3_5ForConditionalGeneration: qwen3_vl.Qwen3_VisionTransformer,
+    qwen3_5.Qwen3_5MoeForConditionalGeneration: qwen3_vl.Qwen3_VisionTransformer,
+}
+"""Models -> their vision encoder."""
+
+
+@pytest.mark.parametrize("model", QWEN, ids=lambda model: model.__name__)
+def test_qwen_has_the_parts_that_are_called(model):
+    visual = QWEN[model]
     assert parameters(visual.forward) == ["self", "x", "grid_thw", "encoder_metadata"]
-    assert parameters(visual.prepare_encoder_metadata)[:2] == ["self", "grid_thw"]
-    source = inspect.getsource(visual.forward)
-    assert source.index("hidden_states = self.merger(hidden_states)") < source.index(
-        "hidden_states = hidden_states[reverse_indices, :]"
+    assert parameters(visual.prepare_encoder_metadata)[:2] in (
+        ["self", "grid_thw"],
+        ["self", "grid_thw_list"],
     )
-    assert "x = self.ln_q(x)" in inspect.getsource(qwen2_5_vl.Qwen2_5_VisionPatchMerger.forward)
-    attention = inspect.getsource(qwen2_5_vl.Qwen2_5_VisionAttention.forward)
-    assert re.search(r"self\.attn\(\s*query=q,\s*key=k,", attention)
+    made = inspect.getsource(visual.prepare_encoder_metadata)
+    assert '"rotary_pos_emb_cos"' in made
+    assert '"rotary_pos_emb_sin"' in made
+    source = inspect.getsource(visual.__init__)
+    for attribute in ("blocks", "num_heads", "spatial_merge_size", "out_hidden_size"):
+        assert f"self.{attribute} = " in source
+    # The front end asks for positions of a model that has a configuration and nothing else.
+    for walk in (
+        model.get_mrope_input_positions,
+        getattr(model, "iter_mm_grid_thw", None) or model._iter_mm_grid_hw,
+    ):
+        read = set(re.findall(r"self\.(\w+)", inspect.getsource(walk)))
+        assert read <= {"config", "iter_mm_grid_thw", "_get_mrope_input_positions"}
     assert parameters(model.get_mrope_input_positions) == ["self", "input_tokens", "mm_features"]
-    assert parameters(model.recompute_mrope_positions) == [
+    assert parameters(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.recompute_mrope_positions) == [
         "self",
         "input_ids",
         "multimodal_embeddings",
         "mrope_positions",
         "num_computed_tokens",
     ]
-    assert parameters(model.iter_mm_grid_thw) == ["self", "mm_features"]
-    assert model.supports_multimodal_pruning
+
+
+def test_the_order_of_windows_is_undone_behind_the_merger():
+    source = inspect.getsource(qwen2_5_vl.Qwen2_5_VisionTransformer.forward)
+    assert source.index("hidden_states = self.merger(hidden_states)") < source.index(
+        "hidden_states = hidden_states[reverse_indices, :]"
+    )
+    assert "x = self.ln_q(x)" in inspect.getsource(qwen2_5_vl.Qwen2_5_VisionPatchMerger.forward)
+
+
+def test_what_earlier_blocks_add_stands_behind_a_tokens_own_columns():
+    visual = qwen3_vl.Qwen3_VisionTransformer
+    source = inspect.getsource(visual.forward)
+    assert re.search(r"self\.deepstack_merger_list\[\w+\]\(\s*hidden_states\s*\)", source)
+    assert re.search(r"torch\.cat\(\s*\[hidden_states\] \+ deepstack_feature_lists, dim=1", source)
+    assert "self.out_hidden_size = vision_config.out_hidden_size * (" in inspect.getsource(
+        visual.__init__
+    )
+
+
+def test_layers_ask_for_the_longer_table_where_positions_come_with_embeddings():
+    source = inspect.getsource(qwen3_vl.mrope_positions_factor)
+    assert "mm_config.is_multimodal_pruning_enabled()" in source
+    assert "return 4 if pruned else 1" in source
+    for layer in (
+        qwen3_vl.Qwen3VLDecoderLayer,
+        qwen3_vl_moe.Qwen3VLMoeDecoderLayer,
+        qwen3_5.Qwen3_5DecoderLayer,
+    ):
+        assert "mrope_positions_factor(" in inspect.getsource(layer)
 
 
 def test_both_model_runners_take_positions_from_the_model():

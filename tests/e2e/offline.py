@@ -23,6 +23,15 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+WHOLE_SWEEPS = os.environ.get("SWEEPS") == "whole"
+"""Whether sweeps run whole (`make test-long`) and not a fixed sample of them."""
+
+
+def swept(cases: Iterable[Any], every: int) -> list[Any]:
+    """All cases of a sweep, or the first of every so many; tests of it are marked `sweep`."""
+    return list(cases)[:: 1 if WHOLE_SWEEPS else every]
+
+
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 INTERPRETED = Path(__file__).parent.parent / "interpreted"

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
 from tests.e2e.offline import (
@@ -161,6 +162,7 @@ def test_llava(clip_checkpoint):
         assert close(pixels, shown_pixels(oracle.pixels(image), processor))
 
 
+@pytest.mark.long
 def test_llava_next(tmp_path):
     from tests.reference.llava_next import LlavaNextOracle
 
@@ -192,8 +194,9 @@ def test_llava_next(tmp_path):
             assert close(pixels, shown_pixels(processed[number], oracle.processor.image_processor))
 
 
+@pytest.mark.long
 def test_qwen(tmp_path):
-    from tests.reference.qwen2_5_vl import QwenOracle
+    from tests.reference.qwen import QwenOracle
 
     checkpoints.build_qwen2_5_vl(tmp_path)
     oracle = QwenOracle(tmp_path)

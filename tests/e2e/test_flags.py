@@ -195,7 +195,8 @@ def sharing(folder: Path, role: str) -> tuple[str, str]:
     return "--ec-transfer-config", json.dumps(config)
 
 
-@pytest.mark.parametrize("name", [QWEN, pytest.param(DEMO, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", [QWEN, DEMO])
 def test_an_encoder_of_its_own_hands_over_kept_tokens_and_their_positions(
     start, families, plain, tmp_path, name
 ):

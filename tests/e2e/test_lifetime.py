@@ -116,9 +116,13 @@ def test_a_stream_that_outlasts_the_drain_does_not_keep_the_server(start):
         assert root.wait(30) == 0
         reader.join(10)
         assert not reader.is_alive()
-        assert "data: [DONE]" not in seen  # cut off after a second, not drained for 30
+        # Cut off after a second, not drained for 30; vLLM may still find time to say so.
+        told = [line for line in seen if isinstance(line, str) and line.startswith("data: {")]
+        assert len(told) < 4000
+        assert not any('"finish_reason":"length"' in line for line in told)
 
 
+@pytest.mark.long
 def test_the_demo_needs_no_compiler(tmp_path):
     """vLLM's sampler compiles functions when they are first needed."""
     nothing = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
@@ -148,7 +152,7 @@ def test_a_server_that_is_told_to_stop_while_it_loads_its_model_stops(tmp_path):
     assert not alive
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_killed_engine_takes_the_server_down_so_that_it_is_restarted(start, processes):
     with start("--api-server-count", processes) as server:
         root, cores = engines(server)

@@ -1,5 +1,7 @@
 """LLaVA-NeXT in the real engine: tiles, padding, order, and the unpruned model at a full budget."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.e2e.offline import (
     one_by_one,
     request,
     spy_on_selection,
+    swept,
     worker_model,
 )
 from tests.photos import photo
@@ -50,7 +53,7 @@ def run(path, names):
     from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 
     llm = engine(path, max_model_len=8192, max_num_batched_tokens=8192)
-    cases = [(name, plan) for name in names for plan in PLANS]
+    cases = swept(itertools.product(names, PLANS), 2)  # every picture, and every plan
     results = {"cases": one_by_one(llm, [request(picture(n), p) for n, p in cases])}
     forget(llm)
     results["batched"] = generate(llm, [request(picture(n), p) for n, p in cases])
@@ -114,7 +117,7 @@ def run(path, names):
     return cases, results
 
 
-@pytest.fixture(scope="module", params=["vicuna", "mistral"])
+@pytest.fixture(scope="module", params=["vicuna", pytest.param("mistral", marks=pytest.mark.long)])
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     build_llava_next(folder, mistral=request.param == "mistral")
@@ -139,6 +142,7 @@ def assert_same_answer(answer, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
 
 
+@pytest.mark.sweep
 def test_kept_indices_order_answers_and_logits_equal_the_oracles(engine_results, oracle):
     cases, results = engine_results
     for (name, plan), result in zip(cases, results["cases"], strict=True):

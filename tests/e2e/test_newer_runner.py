@@ -26,7 +26,7 @@ from tests.e2e.offline import (
     worker_model,
 )
 from tests.e2e.test_explain import explained
-from tests.reference.qwen2_5_vl import QwenOracle
+from tests.reference.qwen import QwenOracle
 
 HERE = Path(__file__).parent
 ANSWER = 24
@@ -138,7 +138,7 @@ def test_kept_indices_positions_and_answers_equal_the_oracles(results, oracle):
         image = qwen.picture(name)
         kept = oracle.keep(image, **(plan or {"ratio": 1.0}))
         assert found["kept"] == ([] if plan is None else [kept])
-        _, positions = oracle.prompt(qwen.prompt(1), [image], [kept])
+        positions = oracle.prompt(qwen.prompt(1), [image], [kept]).positions
         assert torch.equal(found["positions"], positions[:, 0])
         expected = oracle.logprobs(qwen.prompt(1), [image], [kept], found["tokens"])
         qwen.assert_same_answer(found, expected)

@@ -106,7 +106,9 @@ def assert_same_answers(found, expected):
 
 @needs_two_cores
 @needs_two_gpus_or_none
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.long)]
+)
 def test_two_tensor_parallel_ranks_keep_and_answer_what_one_rank_does(result, family):
     alone, two = result(family), result(family, tensor_parallel_size=2)
     (kept,) = alone["kept"]
@@ -123,6 +125,7 @@ def test_every_stage_of_a_pipeline_has_the_3d_positions_of_kept_tokens(result):
     assert_same_answers(two, alone)
 
 
+@pytest.mark.long
 def test_drafts_looked_up_in_the_prompt_change_no_answer(result):
     ngram = {"method": "ngram", "num_speculative_tokens": 3}
     drafted = result(
@@ -201,6 +204,7 @@ def test_a_server_with_a_pipeline_answers_and_explains_as_the_oracle(
         check_all(server, oracle)
 
 
+@pytest.mark.long
 @needs_two_cores
 @needs_two_gpus_or_none
 def test_a_server_with_two_engines_answers_as_the_oracle_and_counts_what_both_do(

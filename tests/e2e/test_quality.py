@@ -55,6 +55,7 @@ def test_the_quick_evaluation_passes_its_thresholds(server, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<img") >= 4
 
 
+@pytest.mark.long
 def test_lmms_eval_scores_two_budgets(server, lmms_python, tmp_path):
     count = local.write(tmp_path / "task", 60)
     done = run_in_lmms(
@@ -77,6 +78,7 @@ def test_lmms_eval_scores_two_budgets(server, lmms_python, tmp_path):
     assert not [path for path in logs if "not-in-any-log" in path.read_text()]
 
 
+@pytest.mark.long
 def test_lmms_eval_has_the_papers_benchmarks_and_metrics(lmms_python, tmp_path):
     """Names only: their data is not at hand."""
     code = """

@@ -38,6 +38,7 @@ def client(replicas, tmp_path_factory):
         yield OpenAI(base_url=f"{gate.base_url}/v1", api_key=routing.KEY, max_retries=0, timeout=60)
 
 
+@pytest.mark.long
 def test_follow_up_questions_find_the_picture_in_the_prefix_cache(client, replicas):
     shown = [photo(name).resize((336, 336)).rotate(turn) for name in PHOTOS for turn in (0, 90)]
     for picture in shown:

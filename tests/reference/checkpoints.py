@@ -1,9 +1,11 @@
 """Small checkpoints with random weights and real geometry, one builder a family."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.reference import random_llava
 
@@ -88,40 +90,114 @@ QWEN_SPECIAL_TOKENS = (
 )
 
 
-def build_qwen2_5_vl(folder: Path, *, seed: int = 2, max_pixels: int = 28 * 28 * 400) -> None:
-    """Qwen2.5-VL with 8 blocks, two of them with full attention."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+class Qwen(NamedTuple):
+    """What is a Qwen family's own in a small checkpoint.
+
+    Attributes:
+        name: of its classes in Hugging Face's library, without what follows.
+        processor: the same of its processor's.
+        patch: pixels a side.
+        text, vision: of its configuration.
+        rotary: sections of the rotary embedding, for time, rows and columns.
+    """
+
+    name: str
+    processor: str
+    patch: int
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    rotary: dict[str, Any]
+
+
+_INTERLEAVED = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+_TOWER = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
+_QWEN3_TOWER = {**_TOWER, "num_position_embeddings": 144}
+_DEEPSTACK = {**_QWEN3_TOWER, "deepstack_visual_indexes": [1, 3, 5]}
+_QWEN3_TEXT = {"head_dim": 32, "num_hidden_layers": 4}
+_QWEN35_TEXT = {  # every other layer has states instead of keys and values
+    "head_dim": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_QWEN35_ROTARY = {**_INTERLEAVED, "mrope_section": [6, 5, 5], "partial_rotary_factor": 0.25}
+
+QWEN: Final = {
+    "qwen2_vl": Qwen(
+        "Qwen2VL",
+        "Qwen2VL",
+        14,
+        {},
+        {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2},
+        {"mrope_section": [4, 6, 6]},
+    ),
+    "qwen2_5_vl": Qwen(
+        "Qwen2_5_VL",
+        "Qwen2_5_VL",
+        14,
+        {},
+        {
+            **_TOWER,
+            "window_size": 112,
+            "fullatt_block_indexes": [3, 7],
+            "tokens_per_second": 2,
+        },
+        {"mrope_section": [4, 6, 6]},
+    ),
+    "qwen3_vl": Qwen("Qwen3VL", "Qwen3VL", 16, _QWEN3_TEXT, _DEEPSTACK, _INTERLEAVED),
+    "qwen3_vl_moe": Qwen(
+        "Qwen3VLMoe",
+        "Qwen3VL",
+        16,
+        {**_QWEN3_TEXT, **_EXPERTS, "norm_topk_prob": True},
+        _DEEPSTACK,
+        _INTERLEAVED,
+    ),
+    "qwen3_5": Qwen("Qwen3_5", "Qwen3VL", 16, _QWEN35_TEXT, _QWEN3_TOWER, _QWEN35_ROTARY),
+    "qwen3_5_moe": Qwen(
+        "Qwen3_5Moe",
+        "Qwen3VL",
+        16,
+        {**_QWEN35_TEXT, **_EXPERTS, "shared_expert_intermediate_size": 64},
+        _QWEN3_TOWER,
+        _QWEN35_ROTARY,
+    ),
+}
+"""By the name of the family."""
+
+
+def build_qwen(family: str, folder: Path, *, seed: int = 2, tokens: int = 400) -> None:
+    """A Qwen model whose vision encoder has 8 blocks.
+
+    Args:
+        family: of `QWEN`.
+        folder: existing folder to write into.
+        seed: of the weights.
+        tokens: of the largest picture.
+    """
+    import transformers
+
+    own = QWEN[family]
+
+    def of(name: str) -> Any:
+        return getattr(transformers, name)
 
     tokenizer = random_llava.byte_tokenizer(
         QWEN_SPECIAL_TOKENS, pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
     ids = dict(zip(QWEN_SPECIAL_TOKENS, range(len(QWEN_SPECIAL_TOKENS)), strict=True))
-    config = Qwen2_5_VLConfig(
+    config = of(f"{own.name}Config")(
         text_config={
             **small_text(tokenizer),
             "bos_token_id": None,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [4, 6, 6],
-                "rope_theta": 1e6,
-            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **own.rotary},
+            **own.text,
         },
-        vision_config={
-            "depth": 8,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "out_hidden_size": 64,
-            "window_size": 112,
-            "fullatt_block_indexes": [3, 7],
-            "tokens_per_second": 2,
-        },
+        vision_config={"depth": 8, "num_heads": 4, "patch_size": own.patch, **own.vision},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -130,19 +206,36 @@ def build_qwen2_5_vl(folder: Path, *, seed: int = 2, max_pixels: int = 28 * 28 *
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = of(f"{own.name}ForConditionalGeneration")(config)
         random_llava.spread_weights(model, tokenizer)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "visual" in name and name.endswith("qkv.weight"):
                     weight[: 2 * weight.shape[1]] *= 2.0
     model.save_pretrained(folder)
-    pixels = {"shortest_edge": 28 * 28 * 4, "longest_edge": max_pixels}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
-        video_processor=Qwen2VLVideoProcessor(size=pixels),
+    if family == "qwen3_vl_moe":
+        _as_published(folder / "model.safetensors")
+    side = 2 * own.patch
+    pixels = {"shortest_edge": side * side * 4, "longest_edge": side * side * tokens}
+    of(f"{own.processor}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(size=pixels, patch_size=own.patch),
+        video_processor=of(f"{own.processor.replace('2_5_VL', '2VL')}VideoProcessor")(
+            size=pixels, patch_size=own.patch
+        ),
         tokenizer=tokenizer,
         chat_template=random_llava.CHAT_TEMPLATE.replace("<s>", "").replace(
             "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
         ),
     ).save_pretrained(folder)
+
+
+def _as_published(path: Path) -> None:
+    """Turns the experts' weights round: published checkpoints have inputs before outputs."""
+    weights = {
+        name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
+        for name, weight in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+build_qwen2_5_vl = partial(build_qwen, "qwen2_5_vl")

@@ -151,7 +151,8 @@ def spread_weights(llava: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         for name, weight in llava.named_parameters():
             if weight.dim() >= 2 and "embed" not in name:
-                weight.normal_(0.0, weight[0].numel() ** -0.5)
+                inputs = weight.shape[-1] if "experts" in name else weight[0].numel()
+                weight.normal_(0.0, inputs**-0.5)
                 if "q_proj" in name or "k_proj" in name:
                     weight.mul_(2.0)
         llava.get_input_embeddings().weight.normal_(0.0, 1.0)

@@ -28,7 +28,7 @@ from hiprune_vllm.analysis import measure
 from hiprune_vllm.analysis.__main__ import main
 from hiprune_vllm.analysis.encoders import Encoder, NotAnalysable
 from tests.reference.checkpoints import build_qwen2_5_vl
-from tests.reference.qwen2_5_vl import QwenOracle
+from tests.reference.qwen import QwenOracle
 from tests.reference.random_llava import build
 
 QWEN_DEPTH = 8

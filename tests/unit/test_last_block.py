@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hiprune_vllm.models.last_block import Kept, kept_only
+from hiprune_vllm.models.last_block import Kept, kept_only, put_off
 
 WIDTH, HEADS = 16, 2
 
@@ -79,15 +79,44 @@ def test_kept_rows_are_what_the_whole_block_makes_of_them(backend, states):
 
 
 @torch.no_grad()
-def test_spare_rows_come_first_and_arguments_may_differ_in_the_second_call(states):
+def test_spare_rows_come_first(states):
     block = Block()
     whole = block(states, turn=3.0)
-    # The second call makes no queries, so what it does to them must not matter.
-    with shortened(block, spare_rows=2, turn=0.0):
+    with shortened(block, spare_rows=2):
         few = block(states, turn=3.0)
     expected = torch.cat([image[rows] for image, rows in zip(whole, ROWS, strict=True)])
     assert few.shape == (1, 16, WIDTH)
     torch.testing.assert_close(few[0, 2:], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_arguments_with_a_row_for_each_row_are_cut_with_them(states):
+    block, turn = Block(), torch.randn(10, 1, generator=torch.Generator().manual_seed(1))
+    whole = block(states[:1], turn=turn)
+    with shortened(block, lambda: [Kept(0, 10, ROWS[0])], by_row=("turn",)):
+        few = block(states[:1], turn=turn)
+    torch.testing.assert_close(few, whole[:, ROWS[0]], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_put_off_is_made_of_the_kept_rows_alone(states):
+    states = states[0][:, None]  # (rows, 1, width)
+    first, second = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 5)
+    kept = [Kept(0, 6, torch.tensor([0, 5])), Kept(6, 10, torch.tensor([1]))]
+    rows = [0, 5, 7]
+    with put_off([first, second], 3) as made:
+        for module in (first, second):
+            assert module(states).shape == (3, 0)
+    for module, got in zip((first, second), made(kept), strict=True):
+        torch.testing.assert_close(got, module(states)[rows])
+        assert "forward" not in vars(module)
+    # Behind the last block the kept rows come by themselves.
+    with put_off([first], 3) as made:
+        first(states[rows])
+    torch.testing.assert_close(made(kept)[0], first(states[rows]))
+    with put_off([first], 3) as made:
+        pass
+    assert made(kept) == []
 
 
 @torch.no_grad()

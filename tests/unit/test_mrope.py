@@ -1,8 +1,11 @@
 """What the worker tells vLLM's runner about 3-D positions, without an engine."""
 
 import inspect
-from types import MethodType, SimpleNamespace
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,17 +15,61 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from hiprune_vllm.engine.compat import leave_positions_of_text
 from hiprune_vllm.engine.positions import PrunedMRopeModel
+from hiprune_vllm.engine.whole import whole_prompt
+from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
+from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.positions import encode_positions, no_positions
 
 WIDTH, IMAGE, VIDEO = 8, 7, 8
 
 
-def a_model():
-    config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO)
-    model = SimpleNamespace(visual=SimpleNamespace(out_hidden_size=WIDTH), config=config)
-    for name in ("get_mrope_input_positions", "recompute_mrope_positions"):
-        setattr(model, name, MethodType(getattr(PrunedMRopeModel, name), model))
-    return model
+class OfVllm:
+    """A model that numbers tokens as vLLM's do: text, and media of any number of frames."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO)
+        self.visual = SimpleNamespace(out_hidden_size=WIDTH)
+
+    def get_mrope_input_positions(self, tokens, media):
+        pieces, done, position = [], 0, 0
+        for medium in [*media, None]:
+            offset = len(tokens) if medium is None else medium.mm_position.offset
+            text = torch.arange(offset - done).expand(3, -1) + position
+            pieces.append(text)
+            position += offset - done
+            if medium is not None:
+                frames, rows, columns = medium.grid
+                grid = torch.from_numpy(np.indices((frames, rows, columns)).reshape(3, -1).copy())
+                grid[0] = (grid[0] * medium.per_frame).long()
+                assert grid.shape[1] == medium.mm_position.length
+                pieces.append(grid + position)
+                position = int(pieces[-1].max()) + 1
+                done = offset + grid.shape[1]
+        positions = torch.cat(pieces, dim=1)
+        return positions, int(positions.max()) + 1 - len(tokens)
+
+
+class Model(PrunedMRopeModel, OfVllm):
+    """As much of the worker's model as knows positions."""
+
+    __init__ = OfVllm.__init__
+
+
+@dataclass
+class Medium:
+    """As much of a feature as is looked at."""
+
+    grid: tuple[int, int, int]
+    per_frame: float
+    mm_position: PlaceholderRange
+    data: dict = field(default_factory=dict)
+
+
+def budget_field(full, keep):
+    budget = ImageBudget.of(
+        full, keep, method="attention", alpha=0.0, buffer="none", object_layer=0, score="global"
+    )
+    return {BUDGET_FIELD: SimpleNamespace(data=torch.tensor(pack_item(budget, "x")))}
 
 
 grids = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
@@ -30,49 +77,72 @@ items = st.tuples(st.integers(0, 4), grids, st.booleans(), st.sampled_from([1.0,
 
 
 @given(st.lists(items, max_size=5), st.integers(1, 6), st.data())
-def test_decoding_goes_on_behind_every_position_of_the_prompt(parts, text, data):
-    """Whichever chunks bring embeddings: the last token of a prompt has its latest position."""
-    ids, features, walked, embeddings = [], [], [], []
+def test_positions_are_those_of_the_unpruned_prompt(parts, text, data):
+    """Known before anything is encoded but within pruned images, and these with the embeddings."""
+    ids, whole_ids, media, whole_media, embeddings, stay = [], [], [], [], [], []
+
+    def write(count, token=1):
+        stay.extend(range(len(whole_ids), len(whole_ids) + count))
+        ids.extend([token] * count)
+        whole_ids.extend([token] * count)
+
     for before, (frames, h, w), pruned, speed in parts:
-        ids += [1] * before
-        t, factor = (1, 1.0) if pruned else (frames, speed)
-        length = data.draw(st.integers(1, h * w)) if pruned else t * h * w
-        features.append(
-            SimpleNamespace(
-                mm_position=PlaceholderRange(offset=len(ids), length=length), pruned=pruned
+        write(before)
+        grid, factor = ((1, h, w), 1.0) if pruned else ((frames, h, w), speed)
+        full = math.prod(grid)
+        keep = data.draw(st.integers(1, full)) if pruned else full
+        kept = sorted(data.draw(st.permutations(range(full)))[:keep]) if pruned else range(full)
+        media.append(
+            Medium(
+                grid,
+                factor,
+                PlaceholderRange(len(ids), keep),
+                budget_field(full, keep) if pruned else {},
             )
         )
-        walked.append((len(ids), t, h, w, factor))
-        embedding = torch.zeros(length, WIDTH)
-        kept = torch.tensor(
-            data.draw(
-                st.lists(st.integers(0, h * w - 1), min_size=length, max_size=length, unique=True)
-            )
-            if pruned
-            else []
-        )
+        whole_media.append(Medium(grid, factor, PlaceholderRange(len(whole_ids), full)))
+        stay += [len(whole_ids) + index for index in kept]
+        ids += [IMAGE] * keep
+        whole_ids += [IMAGE] * full
+        embedding = torch.zeros(keep, WIDTH)
         columns = (
-            encode_positions(kept, w, torch.float32) if pruned else no_positions(length, embedding)
+            encode_positions(torch.tensor(kept), w, torch.float32)
+            if pruned and keep < full
+            else no_positions(keep, embedding)
         )
         embeddings.append(torch.cat([embedding, columns], dim=1))
-        ids += [IMAGE] * length
-    if data.draw(st.booleans()) or any(feature.pruned for feature in features[-1:]):
-        ids += [1] * text  # text must follow a pruned image
+    if data.draw(st.booleans()) or (parts and parts[-1][2]):
+        write(text)  # text must follow a pruned image
     if not ids:
         return
-    model = a_model()
-    model.iter_mm_grid_thw = lambda _: walked
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hiprune_vllm.engine.positions._is_pruned", lambda feature: feature.pruned)
-        positions, delta = model.get_mrope_input_positions(ids, features)
-    assert delta == int(positions.max()) + 1 - len(ids)
+    model = Model()
+    positions, delta = model.get_mrope_input_positions(ids, media)
+    expected, _ = OfVllm().get_mrope_input_positions(whole_ids, whole_media)
+    expected = expected[:, stay]
+    assert delta == int(expected.max()) + 1 - len(ids)
 
-    same, whole, again = model.recompute_mrope_positions(ids, [], positions, len(ids))
+    same, unchanged, again = model.recompute_mrope_positions(ids, [], positions, len(ids))
     assert (same, again) == ([], delta)
-    assert whole is positions  # nothing is copied
+    assert unchanged is positions  # nothing is copied
 
     _, written, after = model.recompute_mrope_positions(ids, embeddings, positions, 0)
-    assert after == delta == int(written.max()) + 1 - len(ids)
+    assert torch.equal(written, expected)
+    assert after == delta
+
+
+def test_tokens_around_embeddings_stay_where_they_are():
+    """A placeholder with a start, an end and text between: only its embeddings were cut."""
+    mask = torch.tensor([False, True, True, True, False])
+    medium = Medium((1, 2, 4), 1.0, PlaceholderRange(2, 5, mask), budget_field(8, 3))
+    other = Medium((1, 1, 2), 1.0, PlaceholderRange(8, 2))
+    whole = whole_prompt([1, 1, 2, 7, 7, 7, 3, 1, 7, 7, 1], [other, medium])
+    assert whole.tokens == [1, 1, 2, *[7] * 8, 3, 1, 7, 7, 1]
+    assert whole.places.tolist() == [0, 1, 2, 3, 3, 3, 11, 12, 13, 14, 15]
+    moved = {id(one.grid): one.mm_position for one in whole.media}
+    first = moved[id(medium.grid)]
+    assert (first.offset, first.length) == (2, 10)
+    assert first.is_embed.tolist() == [False, *[True] * 8, False]
+    assert moved[id(other.grid)] == PlaceholderRange(13, 2)
 
 
 def a_runner(*, computed, features):

@@ -1,41 +1,28 @@
 """No position of any accepted prompt leaves the table of rotary embeddings."""
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.multimodal.inputs import PlaceholderRange
 
-from hiprune_vllm.engine.positions import PrunedMRopeModel
 from hiprune_vllm.engine.rotary import last_end
-from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
-from hiprune_vllm.pruning.budget import ImageBudget
-from hiprune_vllm.pruning.positions import positions_taken
+from tests.unit.test_mrope import Medium, Model, OfVllm, budget_field
 
 TEXT, IMAGE, VIDEO = 7, 1, 2
 
 
-def budget(full, keep):
-    return ImageBudget.of(
-        full, keep, method="attention", alpha=0.0, buffer="none", object_layer=0, score="global"
-    )
-
-
-class Model:
-    """As much of the worker's model as computes positions."""
-
-    get_mrope_input_positions = PrunedMRopeModel.get_mrope_input_positions
-
-    def iter_mm_grid_thw(self, features):
-        for feature in features:
-            yield feature.mm_position.offset, *feature.grid
+def positions_taken(medium):
+    """Of a medium alone, where text behind it would stand."""
+    full = medium.grid[0] * medium.grid[1] * medium.grid[2]
+    alone = Medium(medium.grid, medium.per_frame, PlaceholderRange(0, full))
+    positions, _ = OfVllm().get_mrope_input_positions([IMAGE] * full + [TEXT], [alone])
+    return int(positions[0, -1])
 
 
 @st.composite
 def prompts(draw):
-    """Token ids and features of text, pictures (pruned or not) and videos in any order."""
-    ids, features = [], []
+    """Token ids and media of text, pictures (pruned or not) and videos in any order."""
+    ids, media = [], []
     for kind in draw(st.lists(st.sampled_from("tiv"), min_size=1, max_size=6)):
         if kind == "t":
             ids += [TEXT] * draw(st.integers(1, 9))
@@ -44,32 +31,28 @@ def prompts(draw):
         frames = draw(st.integers(1, 6)) if kind == "v" else 1
         per_frame = draw(st.sampled_from((0.0, 0.5, 1.0, 2.0, 97.3))) if kind == "v" else 1.0
         full = frames * rows * columns
-        one = budget(full, draw(st.integers(1, full)) if kind == "i" else full)
-        row = SimpleNamespace(data=torch.tensor(pack_item(one, "x")))
-        features.append(
-            SimpleNamespace(
-                modality="image" if kind == "i" else "video",
-                mm_position=SimpleNamespace(offset=len(ids), length=one.keep),
-                data={BUDGET_FIELD: row} if kind == "i" else {},
-                grid=(frames, rows, columns, per_frame),
+        keep = draw(st.integers(1, full)) if kind == "i" else full
+        media.append(
+            Medium(
+                (frames, rows, columns),
+                per_frame,
+                PlaceholderRange(len(ids), keep),
+                budget_field(full, keep) if kind == "i" else {},
             )
         )
-        ids += [IMAGE if kind == "i" else VIDEO] * one.keep
-    return [*ids, TEXT], features
+        ids += [IMAGE if kind == "i" else VIDEO] * keep
+    return [*ids, TEXT], media
 
 
 @given(prompt=prompts(), answer=st.integers(0, 50), rows=st.integers(1, 400))
 def test_what_is_accepted_never_reaches_the_end_of_the_table(prompt, answer, rows):
-    ids, features = prompt
-    positions, delta = Model().get_mrope_input_positions(ids, features)
-    media = [(one.mm_position.length, positions_taken(*one.grid)) for one in features]
+    ids, media = prompt
+    positions, delta = Model().get_mrope_input_positions(ids, media)
+    taken = [(one.mm_position.length, positions_taken(one)) for one in media]
     longest = len(ids) + answer
-    end = last_end(len(ids), media, longest)
+    end = last_end(len(ids), taken, longest)
     # Rows and columns inside of pictures are added in the worker, up to the whole grid's.
-    inside = [
-        int(positions[0, one.mm_position.offset]) + max(one.grid[1], one.grid[2]) - 1
-        for one in features
-    ]
+    inside = [int(positions[0, one.mm_position.offset]) + max(one.grid[1:]) - 1 for one in media]
     largest = max(int(positions.max()), longest - 1 + delta, *inside, 0)
     assert largest < end  # so what ends within the table stays in it
     if end <= rows:

@@ -49,12 +49,15 @@ class Encoder:
         output_layer: 1-based number of the last block that runs.
         object_layer: default object layer, in [1, output_layer - 1].
         has_cls: whether there is a CLS token to take scores from.
+        careful_ratio: share of the tokens below which published figures of this encoder, by any
+            method, lose much; None where none are known to.
     """
 
     family: str
     output_layer: int
     object_layer: int
     has_cls: bool
+    careful_ratio: float | None = None
 
 
 class TokenCount(NamedTuple):

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_window_index
 
-from hiprune_vllm.pruning.scores import attention_received
+from hiprune_vllm.pruning.scores import attention_received, default_object_layer
 
 _NAME = "hiprune_analysis"
 _TOWERS = {
@@ -104,8 +104,8 @@ class Encoder:
         layer = getattr(config, "vision_feature_layer", None)
         if isinstance(layer, int):
             self.output_layer = layer if layer >= 0 else self.depth + 1 + layer
-        half = self.kind.startswith("qwen2_5_vl")
-        self.default_object_layer = max(1, self.depth // 2 if half else round(9 / 24 * self.depth))
+        merging = self.kind.startswith("qwen2_5_vl")
+        self.default_object_layer = default_object_layer(self.depth, merging=merging)
 
     def view(self, picture: Image.Image) -> View:
         """Attention received by the tokens of one picture.

@@ -11,19 +11,19 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from hiprune_vllm.plan import PicturesLeftOut
 
 
-def check_embeddings(items: EmbeddingItems | DictEmbeddingItems, config: Any) -> None:
+def check_embeddings(items: EmbeddingItems | DictEmbeddingItems, config: Any, width: int) -> None:
     """Refuses embeddings that would not fill their places; vLLM looks at their width at most.
 
     Args:
         items: embeddings of a request, of pictures or videos.
         config: the model's, of Hugging Face.
+        width: of a visual token.
 
     Raises:
         VLLMValidationError: an item is not (rows, width) floating-point numbers with a row for
             each place that its grid, where it has one, takes in the prompt.
     """
     field = f"{items.modality}_embeds"
-    width = config.get_text_config().hidden_size
     for i in range(items.get_count()):
         item: Any = items.get(i)
         grid = None

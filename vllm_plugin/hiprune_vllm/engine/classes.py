@@ -54,8 +54,7 @@ def _registered(made: Any, vllm_class: Any, family: FamilyAdapter) -> Any:
         plain = type(stock.processor(info, dummy_inputs))
         name = f"HiPrune{plain.__name__}"
         if family.mrope:
-            grids = {"grids": staticmethod(vllm_class.iter_mm_grid_thw)}
-            pruned = type(name, (PrunedMRopeProcessor, plain), grids)
+            pruned = type(name, (PrunedMRopeProcessor, plain), {"vllm_class": vllm_class})
         else:
             pruned = type(name, (PrunedProcessor, plain), {})
         processor = pruned(info, dummy_inputs)

@@ -71,15 +71,24 @@ def charge_whole_images(architectures: Iterable[str]) -> None:
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    class CountsWholeImages(VerifyAndUpdateConfig):
+    for architecture in architectures:
+        of_vllm = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if not hasattr(of_vllm, "counts_whole_images"):
+            MODELS_CONFIG_MAP[architecture] = _and_count(of_vllm)
+
+
+def _and_count(of_vllm: Any) -> Any:
+    class CountsWholeImages(of_vllm):
+        counts_whole_images = True
+
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            of_vllm.verify_and_update_config(vllm_config)
             chosen = vllm_config.ec_manager_config
             if chosen.encoder_cache_manager_cls is None:
                 chosen.encoder_cache_manager_cls = ENCODER_BUDGET
 
-    for architecture in architectures:
-        MODELS_CONFIG_MAP.setdefault(architecture, CountsWholeImages)
+    return CountsWholeImages
 
 
 RESETS: Final = (

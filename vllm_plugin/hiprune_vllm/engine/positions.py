@@ -1,10 +1,13 @@
-"""3-D rotary positions of pruned images (Qwen2.5-VL), whole or in chunks of any size."""
+"""3-D rotary positions of pruned images, whole or in chunks of any size, in any family.
+
+Nothing here knows how a family numbers its pictures and videos: vLLM's own model is asked for the
+positions of the prompt as it would be unpruned (`whole_prompt`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.sequence import IntermediateTensors
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -15,8 +18,8 @@ from hiprune_vllm.engine.compat import (
     let_cpu_runner_ask,
 )
 from hiprune_vllm.engine.model import PrunedModel
-from hiprune_vllm.engine.wire import BUDGET_FIELD, unpack_item
-from hiprune_vllm.pruning.positions import decode_positions, no_positions, positions_taken
+from hiprune_vllm.engine.whole import whole_prompt
+from hiprune_vllm.pruning.positions import decode_positions, no_positions
 
 let_cpu_runner_ask()
 
@@ -27,25 +30,29 @@ POSITIONS = "hiprune_positions"
 class PrunedMRopeModel(PrunedModel):
     """Mixin in front of a vLLM model with M-RoPE whose images are single frames.
 
-    Text positions are known before anything is encoded: text goes on behind `max(rows, columns)`
-    of the whole grid, pruned or not. Until a pruned image is encoded all its tokens have the
-    image's first position; with the embeddings come row and column of each token. The temporal
-    position of a still image is its first position, so it stays and is what row and column are
-    added to: writing them twice, or a part of them, does no harm.
+    Text positions are known before anything is encoded: text goes on where it would behind the
+    whole image, pruned or not. Until a pruned image is encoded all its tokens have the image's
+    first position; with the embeddings come row and column of each token. The temporal position
+    of a still image is its first position, so it stays and is what row and column are added to:
+    writing them twice, or a part of them, does no harm.
 
     In a pipeline the first stage alone has embeddings, so it sends the positions along with the
     hidden states, and the others take them instead of their own.
     """
 
+    supports_multimodal_pruning = True
+    """So that the runner lets positions come with embeddings; not every class of vLLM's says it."""
+
     visual: Any
     config: Any
-    iter_mm_grid_thw: Any
     make_empty_intermediate_tensors: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # Before layers are made: some make a longer table of rotary embeddings for it.
         carry_positions_with_embeddings(vllm_config)
         leave_positions_of_text()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.is_multimodal_pruning_enabled = False  # vLLM's own, of videos
         of_vllm = self.make_empty_intermediate_tensors
 
         def with_positions(
@@ -99,30 +106,14 @@ class PrunedMRopeModel(PrunedModel):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[torch.Tensor, int]:
-        """Positions of the whole prompt, (3, tokens), and what decoding adds to its own count."""
-        pieces: list[Any] = []
-        done, position = 0, 0
-        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        grids = self.iter_mm_grid_thw(features)
-        for feature, (offset, t, h, w, t_factor) in zip(features, grids, strict=True):
-            text = offset - done
-            pieces.append(np.broadcast_to(np.arange(text) + position, (3, text)))
-            position += text
-            if _is_pruned(feature):
-                length = feature.mm_position.length
-                pieces.append(np.full((3, length), position))
-            else:
-                length = t * h * w
-                grid = np.indices((t, h, w)).reshape(3, -1)
-                if t_factor != 1.0:
-                    grid[0] = (grid[0] * t_factor).astype(np.int64)
-                pieces.append(grid + position)
-            position += positions_taken(t, h, w, t_factor)
-            done = offset + length
-        text = len(input_tokens) - done
-        pieces.append(np.broadcast_to(np.arange(text) + position, (3, text)))
-        positions = np.concatenate(pieces, axis=1).astype(np.int64)
-        return torch.from_numpy(positions), int(positions.max()) + 1 - len(input_tokens)
+        """Positions of the whole prompt, (3, tokens), and what decoding adds to its own count.
+
+        They are vLLM's own for the prompt as it would be unpruned.
+        """
+        whole = whole_prompt(input_tokens, mm_features)
+        positions, _ = super().get_mrope_input_positions(whole.tokens, whole.media)  # type: ignore[misc]
+        positions = positions[:, torch.from_numpy(whole.places)]
+        return positions, int(positions.max()) + 1 - len(input_tokens)
 
     def recompute_mrope_positions(
         self,
@@ -166,10 +157,3 @@ class PrunedMRopeModel(PrunedModel):
 def _delta(positions: torch.Tensor) -> int:
     """What decoding adds to its own count, by the positions, (3, tokens), of a whole prompt."""
     return max(positions[:, -1].tolist()) + 1 - positions.shape[1]
-
-
-def _is_pruned(feature: Any) -> bool:
-    if feature.modality != "image" or BUDGET_FIELD not in feature.data:
-        return False
-    budget, _ = unpack_item(feature.data[BUDGET_FIELD].data.tolist())
-    return not budget.is_full

@@ -171,7 +171,8 @@ class PrunedProcessor(CachedProcessing):
         images = inputs.mm_data_items.get("image", [])
         for items in inputs.mm_data_items.values():
             if isinstance(items, EmbeddingItems | DictEmbeddingItems):
-                check_embeddings(items, self.info.ctx.get_hf_config())
+                config = self.info.ctx.get_hf_config()
+                check_embeddings(items, config, self.pruning.family.width(config))
         asked = self._plans(inputs.hf_processor_mm_kwargs, len(images))
         plans = [plan.over(self.pruning.default) for plan in asked]
         if isinstance(images, EmbeddingItems | DictEmbeddingItems):
@@ -334,27 +335,31 @@ class PrunedProcessor(CachedProcessing):
         )
         budgets = [item.budget for item in _items_of(hf_processor_mm_kwargs)]
         return [
-            _pruned_update(update, budgets) if budgets and update.modality == "image" else update
+            _pruned_update(update, budgets, self.pruning.family)
+            if budgets and update.modality == "image"
+            else update
             for update in updates
         ]
 
 
-def _pruned_update(update: PromptUpdate, budgets: Sequence[ImageBudget]) -> PromptUpdate:
+def _pruned_update(
+    update: PromptUpdate, budgets: Sequence[ImageBudget], family: FamilyAdapter
+) -> PromptUpdate:
     """vLLM's own replacement of one image's placeholder, cut to the tokens that stay."""
     if not isinstance(update, PromptReplacement):
         raise RuntimeError(f"version drift: expected PromptReplacement, got {type(update)}")
 
     def replacement(index: int) -> PromptUpdateDetails:
-        stock = update.resolve(index).content
-        if stock.is_embed is not None:
-            raise RuntimeError("version drift: expected image tokens only, got is_embed")
-        if len(stock.full) != budgets[index].full:
+        stock, budget = update.resolve(index).content, budgets[index]
+        tokens = list(stock.full)
+        # It is a function of the tokens, so it holds for those that stay, too.
+        embeds = [True] * len(tokens) if stock.is_embed is None else stock.is_embed(tokens).tolist()
+        if sum(embeds) != budget.full:
             raise RuntimeError(
-                f"version drift: expected {budgets[index].full} placeholder tokens, "
-                f"got {len(stock.full)}"
+                f"version drift: expected {budget.full} placeholder tokens, got {sum(embeds)}"
             )
-        if budgets[index].is_full:
+        if budget.is_full:
             return stock
-        return PromptUpdateDetails.from_seq(stock.full[: budgets[index].keep])
+        return PromptUpdateDetails(family.placeholder(tokens, embeds, budget.keep), stock.is_embed)
 
     return replace(update, replacement=replacement)

@@ -8,7 +8,12 @@ from hiprune_vllm.engine.secret import share
 CLASSES: Final = {
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
     "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl:Qwen25VLAdapter"),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "qwen3_vl:Qwen3VLAdapter"),
+    "Qwen3VLMoeForConditionalGeneration": ("qwen3_vl_moe", "qwen3_vl:Qwen3VLAdapter"),
+    "Qwen3_5ForConditionalGeneration": ("qwen3_5", "qwen3_vl:Qwen35Adapter"),
+    "Qwen3_5MoeForConditionalGeneration": ("qwen3_5", "qwen3_vl:Qwen35Adapter"),
 }
 """Architecture of a checkpoint, which is the name of vLLM's class of it -> that class's module,
 below `vllm.model_executor.models`, and the family's adapter, below `hiprune_vllm.models`. From

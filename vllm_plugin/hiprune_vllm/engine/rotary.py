@@ -2,19 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, ClassVar, Final
 
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from hiprune_vllm.engine.processing import PrunedProcessor
+from hiprune_vllm.engine.whole import whole_prompt
 from hiprune_vllm.plan import FIELD
 from hiprune_vllm.pruning.budget import ImageBudget
-from hiprune_vllm.pruning.positions import positions_taken
 
 TABLE_FACTOR: Final = 4
 """vLLM's table has this many times the rows that the text model was made for: videos need them."""
+
+TEXT: Final = -1
+"""Stands for a token of text, whichever."""
 
 
 def rotary_rows(hf_config: Any) -> int:
@@ -59,8 +62,8 @@ class _Placed(PromptUpdateDetails):
 class PrunedMRopeProcessor(PrunedProcessor):
     """The mixin of families whose tokens have 3-D positions."""
 
-    grids: ClassVar[Any]
-    """`iter_mm_grid_thw` of vLLM's model class."""
+    vllm_class: ClassVar[Any]
+    """vLLM's model class, which numbers the tokens of a prompt."""
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -78,24 +81,30 @@ class PrunedMRopeProcessor(PrunedProcessor):
 
         def replacement(index: int) -> PromptUpdateDetails:
             found = update.resolve(index).content
-            positions = self._positions(update.modality, out_mm_kwargs[update.modality][index])
+            data = out_mm_kwargs[update.modality][index]
+            positions = self._positions(update.modality, data, found)
             return _Placed(found.full, found.is_embed, positions)
 
         return replace(update, replacement=replacement)
 
-    def _positions(self, modality: str, data: Any) -> int:
-        """Positions that a medium takes, by the worker's arithmetic."""
-        model = SimpleNamespace(config=self.info.get_hf_config())
-        where = SimpleNamespace(offset=0)
-        medium = SimpleNamespace(modality=modality, data=data, mm_position=where)
+    def _positions(self, modality: str, data: Any, placed: PromptUpdateDetails) -> int:
+        """Positions that a medium takes: the one that vLLM gives to text behind it."""
+        tokens = list(placed.full)
+        mask = None if placed.is_embed is None else placed.is_embed(tokens)
+        place = PlaceholderRange(0, len(tokens), mask)
+        medium = MultiModalFeatureSpec(data, modality, identifier="", mm_position=place)
+        whole = whole_prompt([*tokens, TEXT], [medium])
+        # It is asked for positions alone, which need neither weights nor any other state.
+        model = object.__new__(self.vllm_class)
+        model.__dict__["config"] = self.info.get_hf_config()
         try:
-            ((_, *grid),) = type(self).grids(model, [medium])
+            positions, _ = model.get_mrope_input_positions(whole.tokens, whole.media)
         except AssertionError as error:  # embeddings of a picture, whose grid is the client's
             raise VLLMValidationError(
                 f"image_grid_thw must be of a picture of one frame ({error})",
                 parameter="image_grid_thw",
             ) from error
-        return positions_taken(*grid)
+        return int(positions[:, -1].max())
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)
@@ -128,7 +137,7 @@ class PrunedMRopeProcessor(PrunedProcessor):
         config = self.info.ctx.model_config.hf_config
         media = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
         prompt, places = result["prompt_token_ids"], result["mm_placeholders"]
-        expected = sum(place.length for kind in places.values() for place in kind)
+        expected = sum(place.get_num_embeds() for kind in places.values() for place in kind)
         if sum(token in media for token in prompt) != expected:
             raise VLLMValidationError(
                 "the text must not contain the image or video placeholder token where an image "

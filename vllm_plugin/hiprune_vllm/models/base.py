@@ -186,7 +186,9 @@ class Tower(NamedTuple):
         merge: patches a side of a token of the language model.
         raster: whether a part's patches stand row by row; else those of one token together.
         within_images: whether the last block attends from every token to all of its part.
-        second_call: arguments of the last block that differ in its second call (`kept_only`).
+        by_row: arguments of a block that have a row for each row of its hidden states.
+        taps: modules that make more columns of tokens, from hidden states on the way to the last
+            block; in the order that they are called in, behind the columns of the projector.
     """
 
     blocks: Sequence[Any]
@@ -198,7 +200,8 @@ class Tower(NamedTuple):
     merge: int = 1
     raster: bool = True
     within_images: bool = True
-    second_call: Mapping[str, Any] = {}
+    by_row: Sequence[str] = ()
+    taps: Sequence[Any] = ()
 
 
 Shape = tuple[int, ...]
@@ -250,6 +253,22 @@ class FamilyAdapter(ABC):
         `options` are the processor options of the request, which may change an image's size.
         """
 
+    def placeholder(self, tokens: Sequence[int], is_embed: Sequence[bool], keep: int) -> list[int]:
+        """What stands in the prompt for a pruned image; its embeddings come in prompt order.
+
+        Here all that is no embedding (start, end, tags) stays, and the first `keep` places of
+        embeddings. A family overrides it where such tokens go with their patches, as ends of rows
+        that are not known before the image is encoded.
+
+        Args:
+            tokens: vLLM's own for the whole image.
+            is_embed: whether each of them is the place of an embedding.
+            keep: N', how many places there have to be.
+        """
+        left = iter(range(keep))
+        pairs = zip(tokens, is_embed, strict=True)
+        return [token for token, embed in pairs if not embed or next(left, None) is not None]
+
     @abstractmethod
     def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
         """Visual tokens that one image has by what the processor made of it.
@@ -267,6 +286,11 @@ class FamilyAdapter(ABC):
     @abstractmethod
     def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:
         """The parts of an image, each pruned on its own, numbered from 0 in this order."""
+
+    def width(self, hf_config: Any) -> int:
+        """Of a visual token as the language model gets it."""
+        width: int = hf_config.get_text_config().hidden_size
+        return width
 
     @abstractmethod
     def tower(self, model: Any) -> Tower:

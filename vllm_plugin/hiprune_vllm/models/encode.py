@@ -28,7 +28,7 @@ from hiprune_vllm.models.base import (
     TracedPart,
     UnsupportedCheckpoint,
 )
-from hiprune_vllm.models.last_block import Kept, kept_after, kept_only
+from hiprune_vllm.models.last_block import Kept, kept_after, kept_only, put_off
 from hiprune_vllm.pruning.budget import ImageBudget, spread
 from hiprune_vllm.pruning.clock import SELECTION
 from hiprune_vllm.pruning.positions import encode_positions
@@ -201,14 +201,16 @@ def encode(
             for (layer, score, i), values in scores.items()
         }
         _select(pieces, of_tokens, output_layer, device)
-        return [
-            Kept(one.start, one.stop, rows_of(one.kept, one.grid, tower, one.places))
-            for one in pieces
-        ]
+        return _kept(pieces, tower)
 
     parts = [[piece.part for piece in of_image] for of_image in of_images]
-    with recorder.recording(wanted) as scores, _ending(tower, select):
+    with (
+        recorder.recording(wanted) as scores,
+        _ending(tower, select),
+        put_off(tower.taps, sum(piece.part.keep for piece in pieces)) as tapped,
+    ):
         embeddings = family.forward(model, batch, parts)
+    embeddings = torch.cat([embeddings, *tapped(_kept(pieces, tower))], dim=1)
     encoded, first = [], 0
     for image, shape, of_image in zip(images, batch.shapes, of_images, strict=True):
         count = sum(piece.part.keep for piece in of_image)
@@ -257,6 +259,12 @@ def _pieces(
     return of_images
 
 
+def _kept(pieces: Sequence[Piece], tower: Tower) -> list[Kept]:
+    return [
+        Kept(one.start, one.stop, rows_of(one.kept, one.grid, tower, one.places)) for one in pieces
+    ]
+
+
 def _ending(tower: Tower, select: Callable[[], Sequence[Kept]]) -> AbstractContextManager[None]:
     """While inside, the tower's last block returns the kept rows alone."""
     block = tower.blocks[-1]
@@ -269,7 +277,7 @@ def _ending(tower: Tower, select: Callable[[], Sequence[Kept]]) -> AbstractConte
         select,
         spare_rows=tower.leading,
         within_images=tower.within_images,
-        **tower.second_call,
+        by_row=tower.by_row,
     )
 
 

@@ -10,7 +10,7 @@ the second time with the kept rows, where attention gives what is due to them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def kept_only(
     *,
     spare_rows: int = 0,
     within_images: bool,
-    **second_call: Any,
+    by_row: Sequence[str] = (),
 ) -> Iterator[None]:
     """While inside, `block` returns the kept rows of all images, one after another.
 
@@ -71,7 +71,7 @@ def kept_only(
         choose: called once Q and K were seen by all hooks of `attention`.
         spare_rows: rows (of no meaning) to return before the others.
         within_images: whether this block attends from every token to all of its image.
-        second_call: arguments of `block` that differ in its second call.
+        by_row: arguments of `block` that have a row for each row of its hidden states, by name.
     """
     run = block.forward
 
@@ -90,14 +90,16 @@ def kept_only(
         width = sum(tensor.shape[2:].numel() for tensor in (seen.query, seen.key, seen.value))
 
         def made_already(states: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return states.new_empty(1).expand(*states.shape[:-1], width), None
+            # In memory, though nothing reads them: some blocks gather them from all ranks first.
+            return states.new_zeros(*states.shape[:-1], width), None
 
         def attended(*_: Any, **__: Any) -> torch.Tensor:
             return context[None]
 
         few = _only(rows, states, spare_rows)
+        of_kept = {name: kwargs[name][rows] for name in by_row}
         with _instead(projection, made_already), _instead(attention, attended):
-            return run(few, *args, **kwargs | second_call)
+            return run(few, *args, **kwargs | of_kept)
 
     with _instead(block, shortened):
         yield
@@ -123,6 +125,48 @@ def kept_after(
 
     with _instead(block, cut):
         yield
+
+
+@contextmanager
+def put_off(
+    modules: Sequence[nn.Module], tokens: int
+) -> Iterator[Callable[[Sequence[Kept]], list[torch.Tensor]]]:
+    """While inside, `modules` only note the hidden states that they are called with.
+
+    What they return meanwhile has a row for each kept token and no column, so that it can be put
+    beside what is made of the last block.
+
+    Args:
+        modules: each makes a row a token from hidden states (T, 1, width) of some block.
+        tokens: that are kept of the batch.
+
+    Yields:
+        What they make of the kept rows, each (tokens, width), in the order that they were called
+        in. To be called outside.
+    """
+    noted: list[tuple[nn.Module, torch.Tensor]] = []
+
+    def noting(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        def note(states: torch.Tensor) -> torch.Tensor:
+            noted.append((module, states))
+            return states.new_empty(tokens, 0)
+
+        return note
+
+    def made(kept: Sequence[Kept]) -> list[torch.Tensor]:
+        if not noted:
+            return []
+        rows = _rows(kept)
+        # Behind the last block there are the kept rows alone.
+        return [
+            module(states if len(states) == len(rows) else _only(rows, states, 0))
+            for module, states in noted
+        ]
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_instead(module, noting(module)))
+        yield made
 
 
 def _rows(kept: Sequence[Kept]) -> torch.Tensor:

@@ -1,124 +1,33 @@
-"""Qwen2.5-VL: pictures of any size, window attention, 2x2 merge, 3-D rotary positions."""
+"""Qwen2.5-VL: as Qwen2-VL, and most blocks attend in windows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import (
-    Batch,
-    Colour,
-    FamilyAdapter,
-    Grid,
-    Part,
-    Shape,
-    TooShallow,
-    Tower,
-    View,
-    shown,
-)
-from hiprune_vllm.plan import Encoder, TokenCount
-
-LONGEST = 200
-"""Times that a picture's longer side may be its shorter one, in the checkpoint's processor."""
+from hiprune_vllm.models.base import Batch, Part, Tower
+from hiprune_vllm.models.qwen2_vl import Qwen2VLAdapter
 
 
-def check_shape(size: Any) -> None:
-    """Refuses a picture that the checkpoint's processor does not scale.
-
-    Raises:
-        VLLMValidationError: naming its size.
-    """
-    if max(size.width, size.height) > LONGEST * min(size.width, size.height):
-        raise VLLMValidationError(
-            f"image_url must not be that long and narrow: {size.width} x {size.height} pixels, of "
-            f"which one is more than {LONGEST} times the other",
-            parameter="image_url",
-        )
-
-
-class Qwen25VLAdapter(FamilyAdapter):
+class Qwen25VLAdapter(Qwen2VLAdapter):
     """`Qwen2_5_VLForConditionalGeneration`; videos stay as they are."""
 
-    mrope = True
-
-    def encoder(self, hf_config: Any) -> Encoder:
-        depth = hf_config.vision_config.depth
-        if depth < 2:
-            raise TooShallow(depth // 2, depth, depth)
-        return Encoder("qwen2_5_vl", depth, depth // 2, has_cls=False)
-
-    def tokens(
-        self, info: Any, images: Any, index: int, options: Mapping[str, object]
-    ) -> TokenCount:
-        size = images.get_image_size(index)
-        check_shape(size)
-        count = info.get_num_image_tokens(
-            image_width=size.width,
-            image_height=size.height,
-            image_processor=info.get_image_processor(**options),
-            mm_kwargs=options,
-        )
-        return TokenCount(count, count)
-
-    def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
-        patches, grid = len(inputs["pixel_values"]), inputs["image_grid_thw"].tolist()
-        if grid[0] != 1 or grid[1] * grid[2] != patches:
-            raise RuntimeError(
-                f"version drift: expected a patch for each place of the grid, got {grid}, {patches}"
-            )
-        return patches // int(hf_config.vision_config.spatial_merge_size) ** 2
-
-    def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:
-        """One for each frame; a picture has one."""
-        merge = hf_config.vision_config.spatial_merge_size
-        frames, rows, columns = shape
-        return [Grid(rows // merge, columns // merge)] * frames
+    name = "qwen2_5_vl"
 
     def tower(self, model: Any) -> Tower:
         visual = model.visual
-        return Tower(
-            visual.blocks,
-            attention="attn.attn",
-            qkv="attn.qkv",
-            heads=visual.num_heads,
-            packed=True,
-            merge=visual.spatial_merge_size,
-            raster=False,
-            within_images=len(visual.blocks) - 1 in visual.fullatt_block_indexes,
-            # Q and K were turned in the first call.
-            second_call={"rotary_pos_emb_cos": None, "rotary_pos_emb_sin": None},
-        )
+        last_is_full = len(visual.blocks) - 1 in visual.fullatt_block_indexes
+        return super().tower(model)._replace(within_images=last_is_full)
 
     def batch(self, model: Any, **kwargs: object) -> Batch:
-        """Tokens in the order of the windows that most blocks attend in."""
-        inputs = model._parse_and_validate_image_input(**kwargs)
-        grids = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-        metadata = model.visual.prepare_encoder_metadata(grids)
-        return Batch(inputs["pixel_values"], grids, metadata["reverse_indices"], metadata)
+        """Tokens in the order of the windows."""
+        batch = super().batch(model, **kwargs)
+        return batch._replace(places=batch.metadata["reverse_indices"])
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         kept = sum(part.keep for of_image in parts for part in of_image)
         # What the merger gets is in the original order already, so the tower must not undo
         # anything.
         order = torch.arange(kept, device=batch.metadata["reverse_indices"].device)
-        embeddings: torch.Tensor = model.visual(
-            batch.pixels,
-            grid_thw=batch.shapes,
-            encoder_metadata={**batch.metadata, "reverse_indices": order},
-        )
-        return embeddings
-
-    def views(
-        self, hf_config: Any, inputs: Mapping[str, torch.Tensor], mean: Colour, std: Colour
-    ) -> list[View]:
-        """Patches come in merge blocks of 2x2, each patch with all its colours and frames."""
-        vision = hf_config.vision_config
-        merge, patch = vision.spatial_merge_size, vision.patch_size
-        _, rows, cols = (int(side) for side in inputs["image_grid_thw"])
-        blocks = inputs["pixel_values"].view(
-            rows // merge, cols // merge, merge, merge, 3, -1, patch, patch
-        )[:, :, :, :, :, 0]  # a still image is the same frame twice
-        pixels = blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, cols * patch)
-        return [View(0, 0, 0, shown(pixels, mean, std))]
+        metadata = {**batch.metadata, "reverse_indices": order}
+        return super().forward(model, batch._replace(metadata=metadata), parts)

@@ -14,14 +14,10 @@ from hiprune_vllm.models.base import (
     UnsupportedCheckpoint,
 )
 from hiprune_vllm.plan import Encoder
+from hiprune_vllm.pruning.scores import default_object_layer
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 """Supported `vision_config.model_type` -> whether it has a CLS token."""
-
-
-def default_object_layer(depth: int) -> int:
-    """Layer 9 of CLIP-L's 24 (section 4.1 of the paper), at the same relative depth elsewhere."""
-    return max(1, round(9 / 24 * depth))
 
 
 def tile_columns(hf_config: Any) -> int:
@@ -68,7 +64,7 @@ class TileAdapter(FamilyAdapter):
             )
         depth = vision.num_hidden_layers
         output_layer = depth + layer + 1 if layer < 0 else layer
-        object_layer = default_object_layer(depth)
+        object_layer = default_object_layer(depth, merging=False)
         if not object_layer < output_layer <= depth:
             raise TooShallow(object_layer, output_layer, depth)
         return Encoder(self.name, output_layer, object_layer, has_cls)

@@ -17,17 +17,6 @@ LARGEST: Final = 128 * 256 - 1
 """Largest row or column that two digits hold exactly in bf16."""
 
 
-def positions_taken(frames: int, rows: int, columns: int, per_frame: float) -> int:
-    """How far the text behind a picture or video is moved on by it, pruned or not.
-
-    Args:
-        frames, rows, columns: of its grid of tokens; a picture has one frame.
-        per_frame: positions from one frame to the next.
-    """
-    # The last frame of a video may be later than the grid is wide.
-    return max(int((frames - 1) * per_frame) + 1, rows, columns)
-
-
 def encode_positions(kept: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Positions of the kept tokens of a pruned image.
 

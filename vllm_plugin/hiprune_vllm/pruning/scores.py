@@ -63,3 +63,15 @@ def attention_received(
                 torch.softmax(logits[here], dim=-1, out=weights[here])
                 total.add_(weights[here].flatten(0, 1).sum(dim=0))
     return received
+
+
+def default_object_layer(depth: int, *, merging: bool) -> int:
+    """Where anchors come from unless somebody says otherwise.
+
+    Args:
+        depth: blocks of the encoder.
+        merging: whether several patches become a token (Qwen). The middle of such an encoder is a
+            default, not a finding: the paper (section 4.1) looks at encoders that do not merge,
+            and takes layer 9 of CLIP-L's 24; others have the same relative depth.
+    """
+    return max(1, depth // 2 if merging else round(9 / 24 * depth))

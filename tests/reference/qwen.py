@@ -1,33 +1,63 @@
-"""The oracle for Qwen2.5-VL: Hugging Face eager attention over whole images, its positions."""
+"""The oracle for Qwen's families: Hugging Face eager attention over whole images, its positions."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
 from tests.reference import paper
 
 
+class Encoding(NamedTuple):
+    """What the vision encoder makes of an image.
+
+    Attributes:
+        attentions: full attention of every block.
+        features: merged, in picture order; first what the language model gets in front, then what
+            is added behind each of its first layers (none but in Qwen3-VL).
+        grid: (1, 3), frames, rows and columns of patches.
+    """
+
+    attentions: list[torch.Tensor]
+    features: list[torch.Tensor]
+    grid: torch.Tensor
+
+
+class Prompt(NamedTuple):
+    """A prompt with pruned images.
+
+    Attributes:
+        embeds: (1, L, width).
+        positions: (3, 1, L), the model's own for the unpruned prompt, without the dropped tokens'.
+        visual: (1, L), where the images' tokens are.
+        levels: of all of them, what is added behind the first layers.
+    """
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    visual: torch.Tensor
+    levels: list[torch.Tensor]
+
+
 class QwenOracle:
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.depth = self.model.config.vision_config.depth
-        self._seen: dict[tuple[Any, bytes], Any] = {}
+        self._seen: dict[tuple[Any, bytes], Encoding] = {}
 
     def inputs(self, image: Image.Image) -> Any:
         return self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
 
     @torch.inference_mode()
-    def _encode(self, image: Image.Image) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Full attention of every block, merged features in picture order, and the grid."""
+    def _encode(self, image: Image.Image) -> Encoding:
         key = (image.size, image.tobytes())
         if key in self._seen:
             return self._seen[key]
@@ -48,12 +78,13 @@ class QwenOracle:
         ]
         inputs = self.inputs(image)
         grid = inputs["image_grid_thw"]
-        features = visual(
+        encoded = visual(
             inputs["pixel_values"].to(self.model.dtype), grid_thw=grid, return_dict=True
-        ).pooler_output
+        )
         for hook in hooks:
             hook.remove()
-        self._seen[key] = attentions, features, grid
+        features = [encoded.pooler_output, *getattr(encoded, "deepstack_features", [])]
+        self._seen[key] = Encoding(attentions, features, grid)
         return self._seen[key]
 
     def scores(self, image: Image.Image, layer: int) -> list[float]:
@@ -61,6 +92,8 @@ class QwenOracle:
         attentions, _, grid = self._encode(image)
         patches = paper.scores(attentions[layer - 1], has_cls=False)
         vision = self.model.config.vision_config
+        if not hasattr(vision, "window_size"):
+            return [sum(patches[i : i + 4]) / 4 for i in range(0, len(patches), 4)]
         window_index, _ = get_vision_window_index(
             grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
         )
@@ -70,7 +103,7 @@ class QwenOracle:
         return found
 
     def count(self, image: Image.Image) -> int:
-        return int(self._encode(image)[2].prod()) // 4
+        return int(self._encode(image).grid.prod()) // 4
 
     def keep(
         self,
@@ -89,23 +122,20 @@ class QwenOracle:
             self.scores(image, self.depth),
             keep=keep,
             alpha=alpha,
-            columns=int(self._encode(image)[2][0, 2]) // 2,
+            columns=int(self._encode(image).grid[0, 2]) // 2,
             buffer=buffer,
         )
 
     @torch.inference_mode()
     def prompt(
         self, text: str, images: Sequence[Image.Image], kept: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (1, L, width) and positions (3, 1, L) of a prompt with pruned images.
-
-        `text` has one `<|image_pad|>` an image. The positions are the model's own for the
-        unpruned prompt, with the dropped tokens' taken out.
-        """
+    ) -> Prompt:
+        """A prompt; `text` has one `<|image_pad|>` an image."""
         tokenizer, config = self.processor.tokenizer, self.model.config
         pad = "<|image_pad|>"
         pieces = text.split(pad)
-        ids, use, features = [], [], []
+        ids, use = [], []
+        features: list[list[torch.Tensor]] = []
         for i, piece in enumerate(pieces):
             new = tokenizer.encode(piece, add_special_tokens=False)
             ids += new
@@ -114,9 +144,9 @@ class QwenOracle:
                 total = self.count(images[i])
                 ids += [config.image_token_id] * total
                 use += [index in set(kept[i]) for index in range(total)]
-                features.append(self._encode(images[i])[1][list(kept[i])])
+                features.append([each[list(kept[i])] for each in self._encode(images[i]).features])
         full = torch.tensor([ids])
-        grids = torch.cat([self._encode(image)[2] for image in images]) if images else None
+        grids = torch.cat([self._encode(image).grid for image in images]) if images else None
         kinds = (full == config.image_token_id).int()
         positions, _ = self.model.model.get_rope_index(
             full, mm_token_type_ids=kinds, image_grid_thw=grids
@@ -124,9 +154,13 @@ class QwenOracle:
         mask = torch.tensor(use)
         short = full[:, mask]
         embeds = self.model.get_input_embeddings()(short)
-        if features:
-            embeds[short == config.image_token_id] = torch.cat(features)
-        return embeds, positions[:, :, mask]
+        visual = short == config.image_token_id
+        first, *levels = [torch.cat(of_images) for of_images in zip(*features, strict=True)] or [
+            None
+        ]
+        if first is not None:
+            embeds[visual] = first
+        return Prompt(embeds, positions[:, :, mask], visual, levels)
 
     @torch.inference_mode()
     def logprobs(
@@ -137,12 +171,21 @@ class QwenOracle:
         answer: Sequence[int],
     ) -> torch.Tensor:
         """Log-probabilities before every token of `answer`, (len(answer), vocabulary)."""
-        embeds, positions = self.prompt(text, images, kept)
+        embeds, positions, visual, levels = self.prompt(text, images, kept)
         following = positions.max() + 1 + torch.arange(len(answer))
         positions = torch.cat([positions, following.expand(3, 1, -1)], dim=2)
         answer_embeds = self.model.get_input_embeddings()(torch.tensor([list(answer)]))
+        deepstack = {}
+        if levels:
+            behind = torch.zeros(1, len(answer), dtype=torch.bool)
+            deepstack = {
+                "visual_pos_masks": torch.cat([visual, behind], dim=1),
+                "deepstack_visual_embeds": levels,
+            }
         hidden = self.model.model.language_model(
-            inputs_embeds=torch.cat([embeds, answer_embeds], dim=1), position_ids=positions
+            inputs_embeds=torch.cat([embeds, answer_embeds], dim=1),
+            position_ids=positions,
+            **deepstack,
         ).last_hidden_state[0]
         logits = self.model.lm_head(hidden[-len(answer) - 1 : -1])
         return torch.log_softmax(logits.double(), dim=-1)

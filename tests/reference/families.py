@@ -1,0 +1,206 @@
+"""Every family for the conformance suite: its small checkpoint and its half of the oracle."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+
+from tests.photos import photo
+from tests.reference import checkpoints, random_llava
+from tests.reference.llava import LlavaOracle
+from tests.reference.llava_next import LlavaNextOracle
+from tests.reference.qwen import QwenOracle
+
+Kept = Sequence[Sequence[int]] | None
+"""Kept indices of an image, by part (tile); None for an unpruned one."""
+
+
+class Oracle:
+    """What the suite asks of a family's oracle; here for those whose images are one part each.
+
+    Attributes:
+        of_model: the family's Hugging Face half.
+    """
+
+    def __init__(self, of_model: Any) -> None:
+        self.of_model = of_model
+
+    def full(self, image: Image.Image) -> int:
+        """Placeholder tokens of the unpruned image."""
+        count: int = self.of_model.count(image)
+        return count
+
+    def allowed(self, image: Image.Image) -> list[list[int]]:
+        """Of every part the tokens that may be kept."""
+        return [list(range(self.full(image)))]
+
+    def keep(self, image: Image.Image, **plan: Any) -> list[list[int]]:
+        """Kept indices of every part, by the transcription of the paper."""
+        return [self.of_model.keep(image, **plan)]
+
+    def logprobs(
+        self, text: str, images: Sequence[Image.Image], kept: Sequence[Kept], answer: Sequence[int]
+    ) -> torch.Tensor:
+        """Before every token of `answer`, (len(answer), vocabulary)."""
+        indices = [
+            range(self.full(image)) if of_image is None else of_image[0]
+            for image, of_image in zip(images, kept, strict=True)
+        ]
+        found: torch.Tensor = self.of_model.logprobs(text, images, indices, answer)
+        return found
+
+
+class OracleOfTiles(Oracle):
+    """For the LLaVA families, whose text model knows nothing of where a token was."""
+
+    def full(self, image: Image.Image) -> int:
+        return int(self.of_model.columns**2)
+
+    def visual(self, image: Image.Image, kept: Kept) -> torch.Tensor:
+        """What the text model gets of an image, (tokens, width)."""
+        indices = range(self.full(image)) if kept is None else kept[0]
+        embeddings: torch.Tensor = self.of_model.embeddings(image, indices)
+        return embeddings
+
+    def logprobs(
+        self, text: str, images: Sequence[Image.Image], kept: Sequence[Kept], answer: Sequence[int]
+    ) -> torch.Tensor:
+        visual = [self.visual(*of_image) for of_image in zip(images, kept, strict=True)]
+        found: torch.Tensor = self.of_model.logprobs(text, visual, answer)
+        return found
+
+
+class OracleOfAnyres(OracleOfTiles):
+    """For LLaVA-NeXT: tiles, padding that is never kept, newlines where nothing is pruned."""
+
+    def full(self, image: Image.Image) -> int:
+        return len(self.of_model.unpruned(image))
+
+    def allowed(self, image: Image.Image) -> list[list[int]]:
+        allowed: list[list[int]] = self.of_model.allowed(image)
+        return allowed
+
+    def keep(self, image: Image.Image, **plan: Any) -> list[list[int]]:
+        kept: list[list[int]] = self.of_model.keep(image, **plan)
+        return kept
+
+    def visual(self, image: Image.Image, kept: Kept) -> torch.Tensor:
+        of_model = self.of_model
+        visual: torch.Tensor = (
+            of_model.unpruned(image) if kept is None else of_model.embeddings(image, kept)
+        )
+        return visual
+
+
+Pictures = Mapping[str, tuple[str, tuple[int, int]]]
+"""Name -> a photograph and the width and height that it is scaled to."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family to be held to the standing list.
+
+    Attributes:
+        build: writes its small checkpoint.
+        oracle: of a checkpoint.
+        image: what stands for an image in a prompt.
+        pictures: one for every kind of grid, four or more; the first is pruned in many ways.
+        options: of its engine.
+        prepared: around the start of its engine, in the engine's process.
+        within: of log-probabilities, how far they may be from the oracle's; None where nothing is
+            compared but most tokens of the greedy answer.
+        exact: whether greedy tokens are the oracle's; else they are as close to them as `within`.
+    """
+
+    build: Callable[[Path], None]
+    oracle: Callable[[Path], Oracle]
+    image: str
+    pictures: Pictures
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prepared: Callable[[], AbstractContextManager[Any]] = nullcontext
+    within: float | None = 1e-3
+    exact: bool = True
+
+    def picture(self, name: str) -> Image.Image:
+        source, size = self.pictures[name]
+        return photo(source).resize(size)
+
+
+@contextmanager
+def _tower_in_fp32() -> Any:
+    """The vision encoder in fp32 whatever the rest is in: its choice can be compared exactly."""
+    from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    make = Qwen3_VisionTransformer.__init__
+
+    def make_in_fp32(*args: Any, **kwargs: Any) -> None:
+        with set_default_torch_dtype(torch.float32):
+            make(*args, **kwargs)
+
+    with patch.object(Qwen3_VisionTransformer, "__init__", make_in_fp32):
+        yield
+
+
+_TILES: Final = {
+    "landscape": ("chelsea", (451, 300)),
+    "square": ("astronaut", (224, 224)),
+    "tall": ("rocket", (120, 480)),
+    "tiny": ("chelsea", (30, 20)),
+}
+_ANYRES: Final = {
+    "1x2": ("rocket", (672, 336)),
+    "landscape": ("chelsea", (451, 300)),  # 2x2 tiles, padded above and below
+    "tall": ("coffee", (300, 1000)),
+    "narrow": ("rocket", (120, 900)),  # most of 3x1 is padding
+    "wide": ("coffee", (1000, 300)),
+}
+_SHAPES: Final = {
+    "square": ("astronaut", (224, 224)),
+    "landscape": ("chelsea", (451, 300)),
+    "wide": ("coffee", (560, 112)),
+    "tall": ("rocket", (120, 480)),
+    "tiny": ("chelsea", (30, 20)),
+    "huge": ("hubble", (2600, 1900)),
+    "strip": ("coffee", (8000, 41)),  # rows of more than 256 tokens
+}
+
+
+def _qwen(name: str, **own: Any) -> Family:
+    return Family(
+        partial(checkpoints.build_qwen, name),
+        lambda path: Oracle(QwenOracle(path)),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        _SHAPES,
+        **own,
+    )
+
+
+# The CPU engine's linear attention is in bf16 alone, and so is the text model: what it answers is
+# compared as closely as that allows. With experts, rounding sends tokens to others.
+_BF16: Final = {"options": {"dtype": "bfloat16"}, "prepared": _tower_in_fp32}
+
+FAMILIES: Final = {
+    "llava": Family(
+        random_llava.build, lambda path: OracleOfTiles(LlavaOracle(path)), "<image>", _TILES
+    ),
+    "llava_next": Family(
+        checkpoints.build_llava_next,
+        lambda path: OracleOfAnyres(LlavaNextOracle(path)),
+        "<image>",
+        _ANYRES,
+        {"max_model_len": 12288},
+    ),
+    "qwen2_vl": _qwen("qwen2_vl"),
+    "qwen2_5_vl": _qwen("qwen2_5_vl"),
+    "qwen3_vl": _qwen("qwen3_vl"),
+    "qwen3_vl_moe": _qwen("qwen3_vl_moe"),
+    "qwen3_5": _qwen("qwen3_5", within=0.6, exact=False, **_BF16),
+    "qwen3_5_moe": _qwen("qwen3_5_moe", within=None, exact=False, **_BF16),
+}
