@@ -5,6 +5,7 @@ Names, signatures and call conventions of the installed vLLM; no engine is start
 
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from hiprune_server.demo import CHECKPOINT
 from hiprune_vllm.engine.compat import (
     ADAPTER_OPERATIONS,
+    ENCODER_BUDGET,
+    charge_whole_images,
     check_engine,
     keep_adapters_to_their_requests,
 )
-from hiprune_vllm.engine.registration import CLASSES
 from hiprune_vllm.engine.scheduling import WholeImageBudget
 
 
@@ -65,10 +67,31 @@ def test_the_scheduler_counts_whole_images_unless_an_operator_says_otherwise(giv
     assert type(manager.create_manager(cache_size=9, vllm_config=config)) is WholeImageBudget
 
 
-def test_no_model_that_is_served_has_a_configuration_hook_of_vllms():
-    source = inspect.getsource(model_configs)
-    for architecture in CLASSES:
-        assert f'"{architecture}": ' not in source
+def test_a_configuration_hook_of_vllms_still_runs_before_ours(monkeypatch):
+    """Some models have one, such as Qwen3.5 for its states."""
+    seen = []
+
+    class OfVllm(model_configs.VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config):
+            seen.append(vllm_config)
+
+        @staticmethod
+        def verify_and_update_model_config(model_config):
+            seen.append(model_config)
+
+    hooks = {"Has": OfVllm}
+    monkeypatch.setattr(model_configs, "MODELS_CONFIG_MAP", hooks)
+    charge_whole_images(["Has", "HasNone"])
+    once = dict(hooks)
+    charge_whole_images(["Has", "HasNone"])
+    assert hooks == once
+    for name in ("Has", "HasNone"):
+        config = SimpleNamespace(ec_manager_config=SimpleNamespace(encoder_cache_manager_cls=None))
+        hooks[name].verify_and_update_config(config)
+        assert config.ec_manager_config.encoder_cache_manager_cls == ENCODER_BUDGET
+        hooks[name].verify_and_update_model_config("model")
+        assert seen == [config, "model"] if name == "Has" else len(seen) == 2
 
 
 def test_the_older_runner_reads_what_is_switched_off_where_a_step_has_no_media():

@@ -4,9 +4,11 @@ A family comes with a small checkpoint and its Hugging Face half of the oracle
 (`tests.reference.families`); a class of tests of its own names it.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from tests.e2e.offline import (
     worker_model,
 )
 from tests.e2e.test_explain import explained, remembered
+from tests.photos import photo
 from tests.reference.families import FAMILIES, Family, Oracle
 from tests.reference.llava_next import shares
 
@@ -47,6 +50,59 @@ def ask(family: Family, names: Any, plan: Any, **text: str) -> dict[str, Any]:
         "prompt": prompt(family, len(names), **text),
         "multi_modal_data": {"image": [family.picture(name) for name in names]},
         **kwargs,
+    }
+
+
+def ask_videos(family: Family, plan: Any) -> list[dict[str, Any]]:
+    """A video alone, and one behind an image with `plan`."""
+    clip = np.stack(
+        [np.roll(np.asarray(photo("coffee").resize((112, 84))), i, 1) for i in range(8)]
+    )
+    told = {"fps": 2.0, "total_num_frames": 8, "frames_indices": list(range(8))}
+    name = next(iter(family.pictures))
+    asked = ask(family, [name], plan, after=f" and {family.video} Why?")
+    asked["multi_modal_data"]["video"] = [(clip, told)]
+    alone = {"video": [(clip, told)]}
+    return [{"prompt": f"A {family.video} Why?", "multi_modal_data": alone}, asked]
+
+
+@contextmanager
+def positions_of_prompts(llm: Any) -> Iterator[dict[int, Any]]:
+    """The last positions that the worker of an in-process engine had of a prompt, by its length."""
+    model, seen = worker_model(llm), {}
+    recompute = model.recompute_mrope_positions
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        result = recompute(*args, **kwargs)
+        seen[result[1].shape[1]] = result[1].clone()
+        return result
+
+    model.recompute_mrope_positions = note
+    try:
+        yield seen
+    finally:
+        del model.recompute_mrope_positions
+
+
+def whole_videos(llm: Any, family: Family) -> list[dict[str, Any]]:
+    """Answers one after the other: bits would depend on what is encoded together."""
+    return [generate(llm, [one])[0] for one in ask_videos(family, None)]
+
+
+def run_videos(llm: Any, family: Family) -> dict[str, Any]:
+    forget(llm)
+    with positions_of_prompts(llm) as seen:
+        whole = whole_videos(llm, family)
+        with spy_on_selection() as kept:
+            (pruned,) = generate(llm, ask_videos(family, {"tokens": 10})[1:])
+    start_of_image = prompt(family, 1).index(family.image)
+    before = prompt(family, 1)[:start_of_image] + family.image.split("<|image_pad|>")[0]
+    return {
+        "whole": whole,
+        "pruned": pruned,
+        "kept": kept,
+        "first": len(llm.get_tokenizer().encode(before, add_special_tokens=False)),
+        "positions": [seen[one["prompt_tokens"]] for one in (whole[1], pruned)],
     }
 
 
@@ -88,6 +144,9 @@ def run(name: str, path: str, budgets: list[int], offsets: tuple[int, ...]) -> d
     results["mixed"] = each([ask(family, names[:4], list(MIXED))])
     forget(llm)
     results["whole"] = generate(llm, [ask(family, [each_name], None) for each_name in names])
+
+    if family.video:
+        results["videos"] = run_videos(llm, family)
 
     # The first half of an image is in the prefix cache; what was encoded of it is lost.
     forget(llm)
@@ -139,10 +198,12 @@ def run(name: str, path: str, budgets: list[int], offsets: tuple[int, ...]) -> d
     return results
 
 
-def run_stock(name: str, path: str) -> list[dict[str, Any]]:
+def run_stock(name: str, path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     family = FAMILIES[name]
     llm = start(family, path, worker_extension_cls="")
-    return generate(llm, [ask(family, [each_name], None) for each_name in family.pictures])
+    asked = [ask(family, [each_name], None) for each_name in family.pictures]
+    answers = generate(llm, asked)
+    return answers, whole_videos(llm, family) if family.video else []
 
 
 def run_ranks(name: str, path: str, ranks: int) -> dict[str, Any]:
@@ -276,7 +337,20 @@ class Conformance:
             str(checkpoint),
             environment=IN_PROCESS | {"VLLM_PLUGINS": ""},
         )
-        assert stock == results["whole"]
+        assert stock == (results["whole"], results.get("videos", {}).get("whole", []))
+
+    def test_a_video_stays_whole_and_where_it_is_behind_a_pruned_image(self, of_family, results):
+        if not of_family.video:
+            pytest.skip("the family takes no videos")
+        found = results["videos"]
+        (kept,), first = found["kept"], found["first"]
+        whole, pruned = found["positions"]
+        image = whole.shape[1] - pruned.shape[1] + 10
+        stay = [*range(first), *(first + index for index in kept)]
+        stay += range(first + image, whole.shape[1])
+        assert len(kept) == 10
+        assert torch.equal(pruned, whole[:, stay])
+        assert found["pruned"]["tokens"] != found["whole"][1]["tokens"]
 
     def test_an_image_that_is_encoded_again_keeps_its_tokens(self, results):
         again = results["again"]

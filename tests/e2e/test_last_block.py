@@ -9,14 +9,15 @@ import pytest
 from tests.e2e.offline import in_new_process
 from tests.reference import checkpoints, random_llava
 
-CASES = ("clip", "siglip", "llava_next", "qwen2_5_vl")
+QWEN = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}  # pixels a side of a patch
+CASES = ("clip", "siglip", "llava_next", *QWEN)
 
 
 def build(name: str, folder: Path) -> None:
     if name == "llava_next":
         checkpoints.build_llava_next(folder)
-    elif name == "qwen2_5_vl":
-        checkpoints.build_qwen2_5_vl(folder)
+    elif name in QWEN:
+        checkpoints.build_qwen(name, folder)
     elif name == "clip":
         random_llava.build(folder)
     else:
@@ -37,9 +38,9 @@ def inputs(name):
             "pixel_values": [noise(5, 3, 336, 336), noise(3, 3, 336, 336), noise(3, 3, 336, 336)],
             "image_sizes": torch.tensor([[672, 600], [336, 672], [336, 672]]),
         }, [(2600, 320), (1752, 77), (1752, 1752)]
-    if name == "qwen2_5_vl":
+    if name in QWEN:
         grids = torch.tensor([[1, 16, 20], [1, 8, 12], [1, 16, 20]])
-        pixels = noise(int(grids.prod(dim=1).sum()), 1176)
+        pixels = noise(int(grids.prod(dim=1).sum()), 2 * 3 * QWEN[name] ** 2)
         sizes = [(80, 27), (24, 24), (80, 40)]
         return {"pixel_values": pixels, "image_grid_thw": grids}, sizes
     side, full = (336, 576) if name == "clip" else (224, 256)

@@ -108,6 +108,7 @@ def test_cancelled_streams_free_their_requests(start):
         assert seen[-2:] == ["data: [DONE]", ""]  # drained, not cut off
 
 
+@pytest.mark.long
 def test_a_stream_that_outlasts_the_drain_does_not_keep_the_server(start):
     with start("--shutdown_timeout", "1") as server:  # vLLM takes either spelling
         reader, seen = reading(server, tokens=4000)

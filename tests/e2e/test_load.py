@@ -131,6 +131,7 @@ def longest_gap(server, requests, plan):
     return max(gaps)
 
 
+@pytest.mark.long
 def test_many_pictures_of_one_token_hold_up_others_no_longer_than_as_many_whole_ones(server):
     """A request of 64 pictures was one step of the engine, and everybody waited for it.
 

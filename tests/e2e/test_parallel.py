@@ -117,6 +117,7 @@ def test_two_tensor_parallel_ranks_keep_and_answer_what_one_rank_does(result, fa
     assert_same_answers(two, alone)
 
 
+@pytest.mark.long
 @needs_two_cores
 @needs_two_gpus_or_none
 def test_every_stage_of_a_pipeline_has_the_3d_positions_of_kept_tokens(result):

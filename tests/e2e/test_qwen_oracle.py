@@ -16,7 +16,6 @@ from tests.e2e.offline import (
     pixels_of_steps,
     scheduler,
     spy_on_selection,
-    swept,
     worker_model,
 )
 from tests.photos import photo
@@ -222,6 +221,7 @@ def run_stock(path):
     )
 
 
+@pytest.mark.long
 def test_without_pruning_images_and_videos_are_bit_identical_to_vllms(one_shot, checkpoint):
     images, videos = in_new_process(
         run_stock, str(checkpoint), environment=IN_PROCESS | {"VLLM_PLUGINS": ""}
@@ -287,6 +287,7 @@ def run_bf16(path):
     return results
 
 
+@pytest.mark.long
 def test_positions_are_exact_in_bf16_also_beyond_256(checkpoint, oracle):
     overlaps, largest = [], 0
     for name, plan, result in in_new_process(run_bf16, str(checkpoint), environment=IN_PROCESS):
@@ -310,7 +311,7 @@ def chunked_requests(after):
     return [
         (offset, count, ask(images, plans, before="x" * offset, after=after))
         for count in COUNTS
-        for offset in swept(range(BLOCK), 5)
+        for offset in range(BLOCK)
         for images, plans in [([picture(n) for n in NAMES[:count]], list(KEEP[:count]))]
     ]
 
@@ -357,7 +358,7 @@ def chunked(checkpoint):
     return in_new_process(run_chunked, str(checkpoint), environment=IN_PROCESS)
 
 
-@pytest.mark.sweep
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "after"), [("fresh", "What?"), ("hit", "How is it?"), ("together", "What?")]
 )
@@ -366,7 +367,7 @@ def test_chunks_that_begin_and_end_anywhere_in_images_change_nothing(chunked, or
         name: oracle.keep(picture(name), **(plan or {"ratio": 1.0}))
         for name, plan in zip(NAMES, KEEP, strict=True)
     }
-    assert len(chunked[kind]) == len(COUNTS) * len(swept(range(BLOCK), 5))
+    assert len(chunked[kind]) == len(COUNTS) * BLOCK
     for offset, count, result in chunked[kind]:
         names = NAMES[:count]
         text = prompt(count, before="x" * offset, after=after)
@@ -376,6 +377,7 @@ def test_chunks_that_begin_and_end_anywhere_in_images_change_nothing(chunked, or
         assert_same_answer(result, expected)
 
 
+@pytest.mark.long
 def test_the_sweep_really_chunks_and_really_hits_the_cache(chunked):
     assert max(chunked["chunks"]) == CHUNK
     lengths = [result["prompt_tokens"] for _, _, result in chunked["hit"]]

@@ -72,6 +72,7 @@ def probe(clip_checkpoint):
     return torch.stack(pixels), budget_rows(rows), expected
 
 
+@pytest.mark.long
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 def test_two_ranks_keep_and_answer_what_one_rank_does(clip_checkpoint, probe):

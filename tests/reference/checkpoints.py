@@ -213,8 +213,7 @@ def build_qwen(family: str, folder: Path, *, seed: int = 2, tokens: int = 400) -
                 if "visual" in name and name.endswith("qkv.weight"):
                     weight[: 2 * weight.shape[1]] *= 2.0
     model.save_pretrained(folder)
-    if family == "qwen3_vl_moe":
-        _as_published(folder / "model.safetensors")
+    _as_published(family, folder / "model.safetensors")
     side = 2 * own.patch
     pixels = {"shortest_edge": side * side * 4, "longest_edge": side * side * tokens}
     of(f"{own.processor}Processor")(
@@ -229,12 +228,16 @@ def build_qwen(family: str, folder: Path, *, seed: int = 2, tokens: int = 400) -
     ).save_pretrained(folder)
 
 
-def _as_published(path: Path) -> None:
-    """Turns the experts' weights round: published checkpoints have inputs before outputs."""
-    weights = {
-        name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
-        for name, weight in load_file(path).items()
-    }
+def _as_published(family: str, path: Path) -> None:
+    """Makes weights what they are in published checkpoints, where Hugging Face's classes do not."""
+    weights = load_file(path)
+    if family == "qwen3_vl_moe":  # experts have inputs before outputs
+        weights = {
+            name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
+            for name, weight in weights.items()
+        }
+    if family.startswith("qwen3_5"):  # heads for several tokens at once, which are not loaded
+        weights["mtp.fc.weight"] = torch.zeros(64, 128)
     save_file(weights, path, metadata={"format": "pt"})
 
 

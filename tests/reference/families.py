@@ -111,6 +111,7 @@ class Family:
         oracle: of a checkpoint.
         image: what stands for an image in a prompt.
         pictures: one for every kind of grid, four or more; the first is pruned in many ways.
+        video: what stands for a video in a prompt; empty where there are none.
         options: of its engine.
         prepared: around the start of its engine, in the engine's process.
         within: of log-probabilities, how far they may be from the oracle's; None where nothing is
@@ -122,6 +123,7 @@ class Family:
     oracle: Callable[[Path], Oracle]
     image: str
     pictures: Pictures
+    video: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     prepared: Callable[[], AbstractContextManager[Any]] = nullcontext
     within: float | None = 1e-3
@@ -178,6 +180,7 @@ def _qwen(name: str, **own: Any) -> Family:
         lambda path: Oracle(QwenOracle(path)),
         "<|vision_start|><|image_pad|><|vision_end|>",
         _SHAPES,
+        "<|vision_start|><|video_pad|><|vision_end|>",
         **own,
     )
 
@@ -195,7 +198,7 @@ FAMILIES: Final = {
         lambda path: OracleOfAnyres(LlavaNextOracle(path)),
         "<image>",
         _ANYRES,
-        {"max_model_len": 12288},
+        options={"max_model_len": 12288},
     ),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),

@@ -47,6 +47,16 @@ def test_qwens_object_layer_is_half_its_depth():
         assert adapter.encoder(vision) == Encoder(name, 27, 13, has_cls=False, careful_ratio=0.5)
 
 
+def test_a_token_of_qwen3_vl_has_the_columns_of_earlier_blocks_behind_its_own():
+    """A client's embeddings of another width would end the engine."""
+    text = SimpleNamespace(hidden_size=64)
+    for indexes, width in (([1, 3, 5], 256), ([], 64)):
+        vision = SimpleNamespace(deepstack_visual_indexes=indexes)
+        config = SimpleNamespace(vision_config=vision, get_text_config=lambda: text)
+        assert Qwen3VLAdapter().width(config) == width
+        assert Qwen2VLAdapter().width(config) == 64
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

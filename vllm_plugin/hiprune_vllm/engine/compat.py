@@ -183,7 +183,7 @@ def _has_media(runner: Any, shift: int) -> bool:
 def leave_positions_of_text() -> None:
     """Makes the older model runner skip `recompute_mrope_positions` where a step has no media.
 
-    Symptom: with Qwen2.5-VL every decoding request, pruned or not, takes 6 us of each step.
+    Symptom: with 3-D positions every decoding request, pruned or not, takes 6 us of each step.
     Cause: the runner recomputes the positions of all requests in every step, and copies them, also
         where there is no embedding that brings any.
     Change: in such a step it works as without pruning. Idempotent.
