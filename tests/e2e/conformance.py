@@ -85,7 +85,8 @@ def positions_of_prompts(llm: Any) -> Iterator[dict[int, Any]]:
 
 
 def whole_videos(llm: Any, family: Family) -> list[dict[str, Any]]:
-    """Answers one after the other: bits would depend on what is encoded together."""
+    """Answers one after the other: bits depend on what is computed together, and from where on."""
+    llm.reset_prefix_cache()
     return [generate(llm, [one])[0] for one in ask_videos(family, None)]
 
 
