@@ -1,225 +1,29 @@
-"""What every family is held to, on a real engine that prefills less than an image at a time.
+"""What every family is held to, on a real engine.
 
 A family comes with a small checkpoint and its Hugging Face half of the oracle
 (`tests.reference.families`); a class of tests of its own names it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 
-from tests.e2e.offline import (
-    IN_PROCESS,
-    engine,
-    forget,
-    generate,
-    in_new_process,
-    lose_encoder_outputs,
-    one_by_one,
-    spy_on_selection,
-    worker_model,
+from tests.e2e.asking import (
+    BLOCK,
+    CHUNK,
+    MIXED,
+    OFFSETS,
+    PLANS,
+    prompt,
+    run,
+    run_offsets,
+    run_ranks,
+    run_stock,
 )
-from tests.e2e.test_explain import explained, remembered
-from tests.photos import photo
+from tests.e2e.offline import IN_PROCESS, in_new_process
 from tests.reference.families import FAMILIES, Family, Oracle
 from tests.reference.llava_next import shares
-
-CHUNK, BLOCK = 40, 32  # tokens of a prefill chunk and of a prefix-cache block
-OFFSETS = (0, 9, 23, 31)  # a sample of where images begin in a block
-METHODS = ("hiprune", "attention", "random", "stride")
-PLANS = (
-    *({"tokens": 20, "method": method} for method in METHODS),
-    {"tokens": 33, "alpha": 0.5, "buffer": "square"},
-    {"tokens": 20, "object_layer": 2, "buffer": "row"},
-    {"tokens": 9, "alpha": 1.0, "buffer": "none"},
-)
-MIXED = ({"tokens": 20}, {}, {"ratio": 0.5}, {"tokens": 21, "method": "stride"})
-
-
-def prompt(family: Family, images: int, before: str = "", after: str = "What is this?") -> str:
-    return f"A {before}{family.image * images}{after} "
-
-
-def ask(family: Family, names: Any, plan: Any, **text: str) -> dict[str, Any]:
-    kwargs = {} if plan is None else {"mm_processor_kwargs": {"hiprune": plan}}
-    return {
-        "prompt": prompt(family, len(names), **text),
-        "multi_modal_data": {"image": [family.picture(name) for name in names]},
-        **kwargs,
-    }
-
-
-def ask_videos(family: Family, plan: Any) -> list[dict[str, Any]]:
-    """A video alone, and one behind an image with `plan`."""
-    clip = np.stack(
-        [np.roll(np.asarray(photo("coffee").resize((112, 84))), i, 1) for i in range(8)]
-    )
-    told = {"fps": 2.0, "total_num_frames": 8, "frames_indices": list(range(8))}
-    name = next(iter(family.pictures))
-    asked = ask(family, [name], plan, after=f" and {family.video} Why?")
-    asked["multi_modal_data"]["video"] = [(clip, told)]
-    alone = {"video": [(clip, told)]}
-    return [{"prompt": f"A {family.video} Why?", "multi_modal_data": alone}, asked]
-
-
-@contextmanager
-def positions_of_prompts(llm: Any) -> Iterator[dict[int, Any]]:
-    """The last positions that the worker of an in-process engine had of a prompt, by its length."""
-    model, seen = worker_model(llm), {}
-    recompute = model.recompute_mrope_positions
-
-    def note(*args: Any, **kwargs: Any) -> Any:
-        result = recompute(*args, **kwargs)
-        seen[result[1].shape[1]] = result[1].clone()
-        return result
-
-    model.recompute_mrope_positions = note
-    try:
-        yield seen
-    finally:
-        del model.recompute_mrope_positions
-
-
-def whole_videos(llm: Any, family: Family) -> list[dict[str, Any]]:
-    """Answers one after the other: bits depend on what is computed together, and from where on."""
-    llm.reset_prefix_cache()
-    return [generate(llm, [one])[0] for one in ask_videos(family, None)]
-
-
-def run_videos(llm: Any, family: Family) -> dict[str, Any]:
-    forget(llm)
-    with positions_of_prompts(llm) as seen:
-        whole = whole_videos(llm, family)
-        with spy_on_selection() as kept:
-            (pruned,) = generate(llm, ask_videos(family, {"tokens": 10})[1:])
-    start_of_image = prompt(family, 1).index(family.image)
-    before = prompt(family, 1)[:start_of_image] + family.image.split("<|image_pad|>")[0]
-    return {
-        "whole": whole,
-        "pruned": pruned,
-        "kept": kept,
-        "first": len(llm.get_tokenizer().encode(before, add_special_tokens=False)),
-        "positions": [seen[one["prompt_tokens"]] for one in (whole[1], pruned)],
-    }
-
-
-def start(family: Family, path: str, *, prepared: bool = True, **options: Any) -> Any:
-    with family.prepared() if prepared else nullcontext():
-        return engine(
-            path,
-            **{
-                "max_num_batched_tokens": CHUNK,
-                "max_num_seqs": 4,
-                "block_size": BLOCK,
-                "enable_prefix_caching": True,
-                "worker_extension_cls": "hiprune_vllm.engine.explain.ExplainExtension",
-                **family.options,
-                **options,
-            },
-        )
-
-
-def run(name: str, path: str, budgets: list[int], offsets: tuple[int, ...]) -> dict[str, Any]:
-    family = FAMILIES[name]
-    names = list(family.pictures)
-    first = names[0]
-    llm = start(family, path)
-    # Of a model with states instead of keys and values vLLM makes blocks larger.
-    block = llm.llm_engine.vllm_config.cache_config.block_size
-    lead = "x" * (block - BLOCK)  # a block ends in the same place of the images
-    results: dict[str, Any] = {"block": block}
-
-    def each(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return one_by_one(llm, requests)
-
-    grids = [ask(family, [each_name], {"ratio": 1 / 3}) for each_name in names]
-    results["grids"] = each(grids)
-    forget(llm)
-    results["batched"] = generate(llm, grids)
-    results["budgets"] = each([ask(family, [first], {"tokens": budget}) for budget in budgets])
-    results["plans"] = each([ask(family, [first], plan) for plan in PLANS])
-    results["mixed"] = each([ask(family, names[:4], list(MIXED))])
-    forget(llm)
-    results["whole"] = generate(llm, [ask(family, [each_name], None) for each_name in names])
-
-    if family.video:
-        results["videos"] = run_videos(llm, family)
-
-    # The first half of an image is in the prefix cache; what was encoded of it is lost.
-    forget(llm)
-    wish = ask(family, [first], {"tokens": 40}, before=lead)
-    (before,) = generate(llm, [wish])
-    lose_encoder_outputs(llm)
-    with spy_on_selection() as again:
-        generate(llm, [ask(family, [first], {"tokens": 40}, before=lead, after="Why so?")])
-        (after,) = generate(llm, [wish])
-    results["again"] = {"before": before, "after": after, "chosen": again}
-
-    model, steps = worker_model(llm), []
-    forward = model.forward
-
-    def count_tokens(input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
-        steps.append(positions.shape[-1])
-        return forward(input_ids, positions, *args, **kwargs)
-
-    model.forward = count_tokens
-    results["fresh"], results["hit"] = [], []
-    for offset in offsets:
-        for after_it, kind in (("What?", "fresh"), ("How is it?", "hit")):
-            # "hit" has its prefix in the cache up to somewhere in the last image.
-            if kind == "fresh":
-                forget(llm)
-            before_it = lead + "x" * offset
-            plans = [{"tokens": 40}, {"tokens": 17}]
-            asked = ask(family, names[:2], plans, before=before_it, after=after_it)
-            done = len(steps)
-            (answer,) = generate(llm, [asked], 4)
-            answer |= {"computed": steps[done:], "before": before_it}
-            results[kind].append(answer)
-    del model.forward
-
-    results["explained"] = []
-    for plan in PLANS:
-        asked = ask(family, [first], plan)
-        forget(llm)
-        generate(llm, [asked], 1)
-        kept = remembered(llm)
-        told = (asked["prompt"], asked["multi_modal_data"]["image"][0], plan)
-        after_it, _ = explained(llm, *told)
-        forget(llm)
-        before_it, _ = explained(llm, *told)
-        results["explained"].append(
-            {"kept": kept, **{when: [part["kept"] for part in parts]
-                              for when, parts in (("after", after_it), ("before", before_it))}}
-        )  # fmt: skip
-    return results
-
-
-def run_stock(name: str, path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    family = FAMILIES[name]
-    llm = start(family, path, worker_extension_cls="")
-    asked = [ask(family, [each_name], None) for each_name in family.pictures]
-    answers = generate(llm, asked)
-    return answers, whole_videos(llm, family) if family.video else []
-
-
-def run_ranks(name: str, path: str, ranks: int) -> dict[str, Any]:
-    family = FAMILIES[name]
-    llm = start(family, path, prepared=False, tensor_parallel_size=ranks)  # workers are processes
-    names = list(family.pictures)
-    asked = [ask(family, [each_name], {"ratio": 1 / 3}) for each_name in names]
-    asked += [ask(family, names[:1], plan) for plan in PLANS]
-    asked += [ask(family, names[:4], list(MIXED))]
-    return {"answers": generate(llm, asked), "kept": llm.apply_model(_remembered)}
-
-
-def _remembered(model: Any) -> dict[Any, Any]:
-    """What a worker has kept of every image. Runs there."""
-    return {key: [part.tolist() for part in one.kept] for key, one in model._kept_before.items()}
 
 
 @pytest.mark.timeout(900)
@@ -256,7 +60,7 @@ class Conformance:
     @pytest.fixture(scope="class")
     @classmethod
     def results(cls, checkpoint, budgets):
-        given = cls.family, str(checkpoint), budgets, OFFSETS
+        given = cls.family, str(checkpoint), budgets
         return in_new_process(run, *given, environment=IN_PROCESS)
 
     def expected(self, oracle, image, plan, spied=None):
@@ -385,10 +189,9 @@ class Conformance:
 
     @pytest.mark.long
     def test_images_that_begin_anywhere_in_a_block(self, of_family, oracle, checkpoint):
-        offsets = tuple(range(BLOCK))
-        results = in_new_process(
-            run, self.family, str(checkpoint), [], offsets, environment=IN_PROCESS
-        )
+        given = self.family, str(checkpoint)
+        results = in_new_process(run_offsets, *given, environment=IN_PROCESS)
+        assert len(results["fresh"]) == len(results["hit"]) == BLOCK
         for kind, after in (("fresh", "What?"), ("hit", "How is it?")):
             self.check_chunks(of_family, oracle, results[kind], after)
 

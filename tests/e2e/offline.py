@@ -146,6 +146,21 @@ def worker_model(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.get_model()
 
 
+def record_positions(llm: Any) -> dict[int, torch.Tensor]:
+    """The last 3-D positions that the worker has from now on of a prompt, by its length."""
+    model = worker_model(llm)
+    seen: dict[int, torch.Tensor] = {}
+    recompute = model.recompute_mrope_positions
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = recompute(*args, **kwargs)
+        seen[result[1].shape[1]] = result[1].clone().cpu()  # the newer runner's are on the device
+        return result
+
+    model.recompute_mrope_positions = spy
+    return seen
+
+
 def scheduler(llm: Any) -> Any:
     """The scheduler of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.scheduler

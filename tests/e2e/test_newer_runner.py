@@ -20,6 +20,7 @@ from tests.e2e.offline import (
     generate,
     in_new_process,
     lose_encoder_outputs,
+    record_positions,
     runner,
     scheduler,
     spy_on_selection,
@@ -72,7 +73,7 @@ def run(path):
     results["alone"] = []
     for item in items:
         forget(llm)
-        positions = qwen.record_positions(llm)
+        positions = record_positions(llm)
         with spy_on_selection() as kept:
             (answer,) = generate(llm, [item])
         del worker_model(llm).recompute_mrope_positions

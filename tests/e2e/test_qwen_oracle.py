@@ -2,7 +2,6 @@
 
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,25 +13,19 @@ from tests.e2e.offline import (
     in_new_process,
     one_by_one,
     pixels_of_steps,
+    record_positions,
     scheduler,
     spy_on_selection,
     worker_model,
 )
-from tests.photos import photo
+from tests.photos import frames, photo
 from tests.reference.checkpoints import build_qwen2_5_vl
+from tests.reference.families import SHAPES
 from tests.reference.qwen import QwenOracle
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
-PICTURES = {
-    "square": ("astronaut", (224, 224)),
-    "landscape": ("chelsea", (451, 300)),
-    "wide": ("coffee", (560, 112)),
-    "tall": ("rocket", (120, 480)),
-    "tiny": ("chelsea", (30, 20)),
-    "huge": ("hubble", (2600, 1900)),
-    "strip": ("coffee", (8000, 41)),  # one row of 286 tokens: positions beyond 256
-}
+PICTURES = SHAPES
 PLANS = (
     {"ratio": 1 / 3},
     {"ratio": 2 / 9, "alpha": 0.5, "buffer": "square"},
@@ -63,13 +56,6 @@ def ask(images, plan, **text):
     }
 
 
-def frames():
-    clip = np.stack(
-        [np.roll(np.asarray(photo("coffee").resize((112, 84))), i, 1) for i in range(8)]
-    )
-    return clip, {"fps": 2.0, "total_num_frames": 8, "frames_indices": list(range(8))}
-
-
 def video_requests(plan):
     video = {"prompt": f"<|im_start|>user {VIDEO}Why?<|im_end|>"}
     both = {"prompt": f"<|im_start|>user {IMAGE}and {VIDEO}Why?<|im_end|>"}
@@ -79,20 +65,6 @@ def video_requests(plan):
         {**video, "multi_modal_data": {"video": [frames()]}},
         {**both, "multi_modal_data": {"image": [image], "video": [frames()]}, **kwargs},
     ]
-
-
-def record_positions(llm):
-    """The last positions that the worker computed for a prompt, by its length."""
-    model = worker_model(llm)
-    seen, recompute = {}, model.recompute_mrope_positions
-
-    def spy(*args, **kwargs):
-        result = recompute(*args, **kwargs)
-        seen[result[1].shape[1]] = result[1].clone().cpu()  # the newer runner's are on the device
-        return result
-
-    model.recompute_mrope_positions = spy
-    return seen
 
 
 def run(path):

@@ -163,7 +163,7 @@ _ANYRES: Final = {
     "narrow": ("rocket", (120, 900)),  # most of 3x1 is padding
     "wide": ("coffee", (1000, 300)),
 }
-_SHAPES: Final = {
+SHAPES: Final = {
     "square": ("astronaut", (224, 224)),
     "landscape": ("chelsea", (451, 300)),
     "wide": ("coffee", (560, 112)),
@@ -179,7 +179,7 @@ def _qwen(name: str, **own: Any) -> Family:
         partial(checkpoints.build_qwen, name),
         lambda path: Oracle(QwenOracle(path)),
         "<|vision_start|><|image_pad|><|vision_end|>",
-        _SHAPES,
+        SHAPES,
         "<|vision_start|><|video_pad|><|vision_end|>",
         **own,
     )

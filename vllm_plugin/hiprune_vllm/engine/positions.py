@@ -18,7 +18,7 @@ from hiprune_vllm.engine.compat import (
     let_cpu_runner_ask,
 )
 from hiprune_vllm.engine.model import PrunedModel
-from hiprune_vllm.engine.whole import whole_prompt
+from hiprune_vllm.engine.whole import dropped, whole_prompt
 from hiprune_vllm.pruning.positions import decode_positions, no_positions
 
 let_cpu_runner_ask()
@@ -110,8 +110,12 @@ class PrunedMRopeModel(PrunedModel):
 
         They are vLLM's own for the prompt as it would be unpruned.
         """
+        number: Any = super().get_mrope_input_positions  # type: ignore[misc]
+        if not any(map(dropped, mm_features)):
+            unpruned: tuple[torch.Tensor, int] = number(input_tokens, mm_features)
+            return unpruned
         whole = whole_prompt(input_tokens, mm_features)
-        positions, _ = super().get_mrope_input_positions(whole.tokens, whole.media)  # type: ignore[misc]
+        positions, _ = number(whole.tokens, whole.media)
         positions = positions[:, torch.from_numpy(whole.places)]
         return positions, int(positions.max()) + 1 - len(input_tokens)
 

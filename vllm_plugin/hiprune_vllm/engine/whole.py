@@ -35,13 +35,13 @@ def whole_prompt(tokens: Sequence[int], media: Sequence[Any]) -> Whole:
     """
     copies = np.ones(len(tokens), dtype=np.int64)
     embeds = [_embeds(medium.mm_position) for medium in media]
-    dropped = [_dropped(medium) for medium in media]
-    for of_medium, count in zip(embeds, dropped, strict=True):
+    counts = [dropped(medium) for medium in media]
+    for of_medium, count in zip(embeds, counts, strict=True):
         if count:
             copies[of_medium[-1]] += count
     places = np.cumsum(copies) - copies
     moved = []
-    for medium, count in zip(media, dropped, strict=True):
+    for medium, count in zip(media, counts, strict=True):
         place = medium.mm_position
         mask = place.is_embed
         if mask is not None and count:
@@ -52,7 +52,7 @@ def whole_prompt(tokens: Sequence[int], media: Sequence[Any]) -> Whole:
             replace(medium, mm_position=PlaceholderRange(start, place.length + count, mask))
         )
     whole = np.repeat(np.asarray(tokens, dtype=np.int64), copies).tolist()
-    for of_medium, count in zip(embeds, dropped, strict=True):
+    for of_medium, count in zip(embeds, counts, strict=True):
         if count:
             places[of_medium] = places[of_medium[0]]
     return Whole(whole, moved, places)
@@ -64,7 +64,7 @@ def _embeds(place: PlaceholderRange) -> np.ndarray:
     return place.offset + inside.flatten()
 
 
-def _dropped(medium: Any) -> int:
+def dropped(medium: Any) -> int:
     """How many tokens of a medium the prompt has less than without pruning."""
     if medium.data is None or BUDGET_FIELD not in medium.data:
         return 0

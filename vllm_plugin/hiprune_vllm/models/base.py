@@ -265,6 +265,8 @@ class FamilyAdapter(ABC):
             is_embed: whether each of them is the place of an embedding.
             keep: N', how many places there have to be.
         """
+        if all(is_embed):
+            return list(tokens[:keep])
         left = iter(range(keep))
         pairs = zip(tokens, is_embed, strict=True)
         return [token for token, embed in pairs if not embed or next(left, None) is not None]

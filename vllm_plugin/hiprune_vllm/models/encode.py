@@ -194,6 +194,8 @@ def encode(
     )
     device = next(tower.blocks[-1].parameters()).device
 
+    kept: list[Kept] = []
+
     def select() -> list[Kept]:
         """What stays of every piece, once both layers were scored."""
         of_tokens = {
@@ -201,7 +203,11 @@ def encode(
             for (layer, score, i), values in scores.items()
         }
         _select(pieces, of_tokens, output_layer, device)
-        return _kept(pieces, tower)
+        kept.extend(
+            Kept(one.start, one.stop, rows_of(one.kept, one.grid, tower, one.places))
+            for one in pieces
+        )
+        return kept
 
     parts = [[piece.part for piece in of_image] for of_image in of_images]
     with (
@@ -210,7 +216,8 @@ def encode(
         put_off(tower.taps, sum(piece.part.keep for piece in pieces)) as tapped,
     ):
         embeddings = family.forward(model, batch, parts)
-    embeddings = torch.cat([embeddings, *tapped(_kept(pieces, tower))], dim=1)
+    if tower.taps:
+        embeddings = torch.cat([embeddings, *tapped(kept)], dim=1)
     encoded, first = [], 0
     for image, shape, of_image in zip(images, batch.shapes, of_images, strict=True):
         count = sum(piece.part.keep for piece in of_image)
@@ -219,8 +226,9 @@ def encode(
         if image.budget.is_full:
             encoded.append(Encoded(family.whole(model, shape, tokens), None))
             continue
-        kept = tuple(piece.kept for piece in of_image)
-        selection = Selection(tuple(piece.part for piece in of_image), kept)
+        selection = Selection(
+            tuple(piece.part for piece in of_image), tuple(piece.kept for piece in of_image)
+        )
         if family.mrope:
             where = [encode_positions(p.kept, p.grid.columns, tokens.dtype) for p in of_image]
             tokens = torch.cat([tokens, torch.cat(where)], dim=1)
@@ -257,12 +265,6 @@ def _pieces(
             start = stop
         of_images.append(of_image)
     return of_images
-
-
-def _kept(pieces: Sequence[Piece], tower: Tower) -> list[Kept]:
-    return [
-        Kept(one.start, one.stop, rows_of(one.kept, one.grid, tower, one.places)) for one in pieces
-    ]
 
 
 def _ending(tower: Tower, select: Callable[[], Sequence[Kept]]) -> AbstractContextManager[None]:

@@ -154,8 +154,6 @@ def put_off(
         return note
 
     def made(kept: Sequence[Kept]) -> list[torch.Tensor]:
-        if not noted:
-            return []
         rows = _rows(kept)
         # Behind the last block there are the kept rows alone.
         return [
