@@ -1,11 +1,10 @@
-"""Answers that say what was kept: vLLM's own handlers of three APIs, with a plan and a report."""
+"""vLLM's own handlers of three APIs, with a plan and a report of what was kept."""
 
-import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -15,12 +14,8 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 
 from hiprune_server import metrics
-from hiprune_server.rendering import (
-    Images,
-    PrunedRenderer,
-    blamed_on_the_request,
-    images_kept,
-)
+from hiprune_server.rendering import PrunedRenderer, blamed_on_the_request
+from hiprune_server.report import Report, on_events, on_responses, report_of
 from hiprune_server.resending import Resending
 from hiprune_vllm.plan import FIELD
 
@@ -38,18 +33,18 @@ def pruned(handler: Any, plain: Any, cls: Any, renderer: PrunedRenderer) -> Any:
     return copied
 
 
-def answered(outputs: Any) -> tuple[Any, Images | None]:
+def answered(outputs: Any) -> tuple[Any, Report | None]:
     """Counts a request whose answer begins.
 
     Returns:
         The engine's outputs, their first token timed, and what the answer reports.
     """
     # Read here, in the request's own context: a stream may be consumed in another one.
-    images = images_kept.get()
-    if not images:
-        return outputs, images
-    metrics.count_images(images)
-    return metrics.timed(outputs, images), images
+    report = report_of.get()
+    if report is None or not report.images:
+        return outputs, report
+    metrics.count_images(report.images)
+    return metrics.timed(outputs, report.images), report
 
 
 @contextmanager
@@ -103,13 +98,13 @@ class PrunedChat(OpenAIServingChat):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        outputs, images = answered(outputs)
+        outputs, report = answered(outputs)
         with blamed_on_the_grammar(request):
             response = await super().chat_completion_full_generator(
                 request, outputs, request_id, model_name, spoken(conversation), *args, **kwargs
             )
-        if isinstance(response, ChatCompletionResponse) and images is not None:
-            setattr(response, FIELD, {"images": images})
+        if isinstance(response, ChatCompletionResponse) and report is not None:
+            report.on_response(response)
         return response
 
     def chat_completion_stream_generator(
@@ -122,11 +117,11 @@ class PrunedChat(OpenAIServingChat):
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        outputs, images = answered(outputs)
+        outputs, report = answered(outputs)
         chunks = super().chat_completion_stream_generator(
             request, outputs, request_id, model_name, spoken(conversation), *args, **kwargs
         )
-        return chunks if images is None else _on_first(chunks, images, within=None)
+        return chunks if report is None else on_events(chunks, report, within=None)
 
 
 class PrunedResponses(OpenAIServingResponses):
@@ -135,30 +130,37 @@ class PrunedResponses(OpenAIServingResponses):
     async def responses_full_generator(
         self, request: Any, sampling_params: Any, outputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        images = None
+        report = None
         if not request.stream:  # a stream's own answer gets its report as an event
-            outputs, images = answered(outputs)
+            outputs, report = answered(outputs)
         with blamed_on_the_grammar(request):
             response = await super().responses_full_generator(
                 request, sampling_params, outputs, *args, **kwargs
             )
-        if isinstance(response, ResponsesResponse) and images is not None:
-            setattr(response, FIELD, {"images": images})
+        if isinstance(response, ResponsesResponse) and report is not None:
+            report.on_response(response)
         return response
 
     def responses_stream_generator(
         self, request: Any, sampling_params: Any, outputs: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        outputs, images = answered(outputs)
+        outputs, report = answered(outputs)
         events = super().responses_stream_generator(
             request, sampling_params, outputs, *args, **kwargs
         )
-        return events if images is None else _on_responses(events, images)
+        return events if report is None else on_responses(events, report)
+
+
+class PrunedUsage(AnthropicUsage):
+    """A usage of `/v1/messages`."""
+
+    prompt_tokens_details: dict[str, int]
 
 
 class PrunedMessagesResponse(AnthropicMessagesResponse):
     """An answer of `/v1/messages`."""
 
+    usage: PrunedUsage
     hiprune: dict[str, Any] | None = None
 
 
@@ -180,59 +182,17 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
         return chat
 
     def messages_full_converter(self, response: Any) -> Any:
-        answer = super().messages_full_converter(response)
-        images = images_kept.get()
-        if images is None:
+        answer, report = super().messages_full_converter(response), report_of.get()
+        if report is None:
             return answer
-        return PrunedMessagesResponse.model_construct(
-            **answer.__dict__, **{FIELD: {"images": images}}
-        )
+        usage = PrunedUsage(**dict(answer.usage), prompt_tokens_details=dict(report.media))
+        told = PrunedMessagesResponse.model_construct(**answer.__dict__ | {"usage": usage})
+        if report.images is not None:
+            told.hiprune = {"images": report.images}
+        return told
 
     def message_stream_converter(
         self, chunks: AsyncGenerator[str, None]
     ) -> AsyncGenerator[str, None]:
-        events = super().message_stream_converter(chunks)
-        images = images_kept.get()
-        return events if images is None else _on_first(events, images, within="message")
-
-
-async def _on_first(
-    events: AsyncGenerator[str, None], images: Images, *, within: str | None
-) -> AsyncGenerator[str, None]:
-    """Adds `hiprune` to the first event of a stream (`within` an object in it)."""
-    try:
-        async for first in events:
-            yield _add_to_event(first, images, within)
-            break
-        async for event in events:
-            yield event
-    finally:
-        await events.aclose()
-
-
-async def _on_responses(
-    events: AsyncGenerator[Any, None], images: Images
-) -> AsyncGenerator[Any, None]:
-    """Adds `hiprune` to every event that has the response as a whole."""
-    try:
-        async for event in events:
-            response = getattr(event, "response", None)
-            if response is not None:
-                setattr(response, FIELD, {"images": images})
-            yield event
-    finally:
-        await events.aclose()
-
-
-def _add_to_event(event: str, images: Images, within: str | None) -> str:
-    """The event with a report; unchanged where it is an error."""
-    head, prefix, text = event.partition("data: ")
-    try:
-        body = json.loads(text)
-    except json.JSONDecodeError:
-        return event
-    if not isinstance(body, dict) or ("choices" if within is None else within) not in body:
-        return event
-    place = cast(dict[str, Any], body if within is None else body[within])
-    place[FIELD] = {"images": images}
-    return f"{head}{prefix}{json.dumps(body, separators=(',', ':'), ensure_ascii=False)}\n\n"
+        events, report = super().message_stream_converter(chunks), report_of.get()
+        return events if report is None else on_events(events, report, within="message")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hiprune_vllm.plan import MAX_FULL_TOKENS, MAX_TOKENS, Encoder, Limits, PlanError, parse_plan
+from hiprune_vllm.plan import MAX_FULL_TOKENS, MAX_TOKENS, SIZES, Encoder, Limits, PlanError
 from hiprune_vllm.pruning.budget import METHODS
+from hiprune_vllm.reading import parse_plan
 
 PREFIX: Final = "HIPRUNE_"
 """Every environment variable that begins with this is a setting."""
@@ -19,7 +20,7 @@ BUILT_IN: Final = "built in"
 PIXELS: Final = "limits.max_image_pixels"
 DISABLE: Final = "disable"
 """Its variable, HIPRUNE_DISABLE, is read by the plugin as well, in every process."""
-FIXABLE: Final = ("alpha", "object_layer", "buffer", "score")
+FIXABLE: Final = ("alpha", "object_layer", "buffer", "score", *SIZES, "max_tiles")
 """What `limits.fixed` can take out of a request's hands."""
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
 """Allows whatever some model allows: the model's own limits are checked once it is known."""
@@ -93,6 +94,7 @@ class Config:
             methods=tuple(self["limits.methods"]),
             fixed=tuple(self["limits.fixed"]),
             max_full_tokens=self["limits.max_full_tokens"],
+            max_pixels=self["limits.max_pixels"],
         )
 
     @property
@@ -188,6 +190,9 @@ SETTINGS: Final = (
     Setting("limits.max_full_tokens", "N",
             "visual tokens that all images of a request may have together before pruning",
             _count, _number, MAX_FULL_TOKENS),
+    Setting("limits.max_pixels", "N",
+            "pixels that a picture is scaled to at most, where its size is free",
+            _count, _number, MAX_TOKENS),
     Setting("limits.max_body_bytes", "N", "bytes that a request's body may have",
             _count, _number, 64 * 2**20),
     Setting("limits.max_held_bytes", "N",

@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses import api_router as responses_api
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.tasks import POOLING_TASKS
 
 import hiprune_server.media  # noqa: F401 - registers the connector for vLLM to find
 from hiprune_server import openapi, playground
@@ -30,6 +31,7 @@ from hiprune_server.config import DISABLE, Config, load
 from hiprune_server.explain import Explainer, explain
 from hiprune_server.guard import STOPPING, Guard
 from hiprune_server.overload import bound_the_queue
+from hiprune_server.pooling import HANDLERS, take_budgets
 from hiprune_server.rendering import PrunedRenderer
 from hiprune_server.requests import (
     PrunedChatRequest,
@@ -39,17 +41,10 @@ from hiprune_server.requests import (
     stop_at_first_errors,
 )
 from hiprune_vllm import __version__
-from hiprune_vllm.plan import (
-    FULL,
-    NO_LIMITS,
-    Encoder,
-    PlanError,
-    PruningPlan,
-    complete,
-    parse_plan,
-    schema,
-)
+from hiprune_vllm.plan import FULL, NO_LIMITS, Encoder, PlanError, PruningPlan, complete
+from hiprune_vllm.reading import parse_plan, schema
 
+CHAT = "/v1/chat/completions"
 LAST_CHUNKS_S = 3
 """Seconds that finished streams have to reach their clients once the engine has stopped."""
 
@@ -74,7 +69,7 @@ class HiPruneEndpointPlugin:
     """What vLLM's endpoint-plugin mechanism expects; loaded when named in VLLM_PLUGINS."""
 
     name = "hiprune_api"
-    required_tasks = ("generate",)
+    required_tasks = ("generate", *POOLING_TASKS)
     engine_died = False
     """Whether the last server of this process stopped because its engine was gone."""
 
@@ -82,19 +77,20 @@ class HiPruneEndpointPlugin:
         config = load({}, os.environ)
         json_only = [Depends(validate_json_request)]
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
-        for path, endpoint in (
-            ("/v1/chat/completions", create_chat_completion),
-            ("/v1/responses", create_responses),
-            ("/v1/messages", create_messages),
-            ("/v1/messages/count_tokens", count_tokens),
-        ):
-            app.add_api_route(path, endpoint, methods=["POST"], dependencies=json_only)
-        if config["explain"]:
-            app.add_api_route(
-                "/v1/hiprune/explain", explain, methods=["POST"], dependencies=json_only
-            )
-        if config["playground"]:
-            playground.attach(app)
+        if any(getattr(route, "path", None) == CHAT for route in app.routes):
+            for path, endpoint in (
+                (CHAT, create_chat_completion),
+                ("/v1/responses", create_responses),
+                ("/v1/messages", create_messages),
+                ("/v1/messages/count_tokens", count_tokens),
+            ):
+                app.add_api_route(path, endpoint, methods=["POST"], dependencies=json_only)
+            if config["explain"]:
+                app.add_api_route(
+                    "/v1/hiprune/explain", explain, methods=["POST"], dependencies=json_only
+                )
+            if config["playground"]:
+                playground.attach(app)
         openapi.describe(app)
         limits = BodyLimits(
             max_bytes=config["limits.max_body_bytes"],
@@ -131,6 +127,12 @@ class HiPruneEndpointPlugin:
             reason = f"pruning is switched off ({config.values[DISABLE].source})"
         state.hiprune = getattr(info, "pruning", None) or NoPruning(reason)
         state.hiprune_presets = presets(config, state.hiprune.encoder)
+        for name in HANDLERS:
+            if (handler := getattr(state, name, None)) is not None:
+                take_budgets(handler, state.hiprune)
+        bound_the_queue(engine_client, args)
+        if getattr(state, "openai_serving_chat", None) is None:
+            return  # a model that makes no text
         chat = state.openai_serving_chat
         renderer = PrunedRenderer.around(chat.online_renderer, state.hiprune, state.hiprune_presets)
         state.openai_serving_chat = pruned(chat, OpenAIServingChat, PrunedChat, renderer)
@@ -140,7 +142,6 @@ class HiPruneEndpointPlugin:
         state.anthropic_serving_messages = pruned(
             state.anthropic_serving_messages, AnthropicServingMessages, PrunedMessages, renderer
         )
-        bound_the_queue(engine_client, args)
         state.hiprune_explainer = Explainer(state.openai_serving_chat, engine_client, state.hiprune)
 
 

@@ -17,7 +17,8 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from hiprune_server.details import DETAILS
 from hiprune_server.metrics import OVERLOAD, REJECTED
-from hiprune_server.rendering import images_kept, refused
+from hiprune_server.rendering import refused
+from hiprune_server.report import report_of
 from hiprune_server.wishes import Pruning
 from hiprune_vllm.plan import FIELD, PlanError
 
@@ -112,7 +113,8 @@ class Explainer:
         if isinstance(rendered, ErrorResponse):
             raise HTTPException(rendered.error.code, rendered.error.message)
         (inputs,) = rendered[1]
-        (image,) = images_kept.get() or []
+        report = report_of.get()
+        (image,) = (report and report.images) or []
         processor = self._engine.renderer.mm_processor
         explained = await processor.explain(self._engine, inputs)
         roles = Counter(role for part in explained for role in part["roles"])

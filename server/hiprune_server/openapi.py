@@ -4,7 +4,8 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 
-from hiprune_vllm.plan import NO_LIMITS, Encoder, schema
+from hiprune_vllm.plan import NO_LIMITS, Encoder
+from hiprune_vllm.reading import schema
 
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
 WHOLE: Final = (

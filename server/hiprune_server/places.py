@@ -11,6 +11,8 @@ Path = tuple[str | int, ...]
 
 EACH: Final = None
 """Stands for every index of a list in the paths below."""
+OF_NUMBERS: Final = ("/v1/embeddings", "/v2/embed", "/pooling", "/classify")
+"""Routes of models that make no text, see `pooling`."""
 _WHOLE: Final = (FIELD,)
 _OF_PROCESSOR: Final = ("mm_processor_kwargs", FIELD)
 """vLLM's own way, which it refuses by itself where requests are not trusted with it."""
@@ -32,6 +34,7 @@ PLACES: Final[Mapping[str, frozenset[tuple[str | None, ...]]]] = {
     "/v1/messages": _OF_MESSAGES,
     "/v1/messages/count_tokens": _OF_MESSAGES,
     "/v1/hiprune/explain": frozenset({_WHOLE}),
+    **dict.fromkeys(OF_NUMBERS, frozenset({_WHOLE, _OF_PROCESSOR})),
     # Routes of vLLM's alone, which read no budget but what its own way brings.
     "/v1/chat/completions/batch": frozenset({_OF_PROCESSOR}),
     "/tokenize": frozenset({_OF_PROCESSOR}),

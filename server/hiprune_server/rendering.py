@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from hiprune_server import metrics
+from hiprune_server.report import MEDIA, Report, media_tokens, report_of
 from hiprune_server.resending import AGAIN
 from hiprune_server.shape import check_messages, tensors_in
 from hiprune_server.templates import check_order, left_out
@@ -26,10 +27,6 @@ from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, PruningPlan
 
 logger = init_logger(__name__)
 
-Images = list[dict[str, Any]]
-
-images_kept: ContextVar[Images | None] = ContextVar("hiprune_images", default=None)
-"""What the request at hand reports about its images; None where it has none and asked nothing."""
 pictures_sent: ContextVar[Mapping[str, str] | None] = ContextVar("hiprune_pictures", default=None)
 """Marks and paths of the pictures in the request at hand, on routes that `wishes.tag` is for."""
 
@@ -182,7 +179,13 @@ class PrunedRenderer(OnlineRenderer):
             | {"source": wishes.source(i)}
             for i, report in enumerate(reports)
         ]
-        images_kept.set(images if images or wishes.asked else None)
+        media = [media_tokens(inputs) for inputs in result[1]]
+        report_of.set(
+            Report(
+                images if images or wishes.asked else None,
+                {name: sum(one[name] for one in media) for name in MEDIA.values()},
+            )
+        )
         return result
 
     def _wishes(

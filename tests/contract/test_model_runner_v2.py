@@ -273,31 +273,45 @@ def test_pictures_and_videos_of_a_step_are_batches_of_their_own_and_keep_their_o
 
 
 def captured():
-    """Batches that go to the model although its encoder has been captured."""
+    """Pictures that a captured encoder gets, that the model gets, and widths of what comes back."""
     from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
     from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
+    from hiprune_vllm.engine.compat import keep_pruned_images_out_of_graphs
+
+    keep_pruned_images_out_of_graphs()
     runner = Runner(dict(enumerate(PARTS)))
-    runner.cache.add_request("a", pictures((0, 0, *PARTS[0])))
-    graphs = object.__new__(EncoderCudaGraphManager)
-    graphs.graph_pool = "captured"
-    stock = EncoderCudaGraphConfig(["image", "video"], [], WIDTH)
+    for number, name in ((0, "a"), (2, "b"), (4, "c")):
+        runner.cache.add_request(name, pictures((number, 0, *PARTS[number])))
+    graphs, in_graphs = object.__new__(EncoderCudaGraphManager), []
 
-    class OfVllm(torch.nn.Module):
-        def get_encoder_cudagraph_config(self):
-            return stock
+    def run_graphs(inputs):
+        in_graphs.append(inputs)
+        counts = [rows * columns // 4 for _, rows, columns in inputs["image_grid_thw"].tolist()]
+        return [torch.zeros(count, WIDTH) for count in counts]
 
-    ours = type("Ours", (type(runner.model), OfVllm), {})
-    graphs.config = ours.get_encoder_cudagraph_config(runner.model.__class__.__new__(ours))
-    graphs.execute = lambda _: [torch.zeros(12, WIDTH)]
+    graphs.config = EncoderCudaGraphConfig(["image", "video"], [], WIDTH)
+    graphs.graph_pool, graphs.model, graphs.use_dp = "captured", runner.model, False
+    graphs.graph_hits = graphs.graph_misses = 0
+    graphs.budget_graphs, graphs.token_budgets = {}, []
+    graphs._execute_local = run_graphs
     runner.state.encoder_runner.cudagraph_manager = graphs
-    runner.state.execute_mm_encoder({"a": [0]})
-    return graphs.is_captured(), len(runner.model.batches)
+    widths = []
+    for step in ({"b": [0], "c": [0]}, {"a": [0]}):
+        found = runner.state.encoder_runner.execute_mm_encoder(
+            runner.state.encoder_runner.prepare_mm_inputs(step)[1]
+        )
+        widths.append([item.shape[1] for item in found])
+    of_graphs = [sorted(inputs) for inputs in in_graphs]
+    return of_graphs, [len(batch["image_grid_thw"]) for batch in runner.model.batches], widths
 
 
-def test_a_captured_encoder_does_not_pass_by_the_selection(there):
-    """Otherwise pictures come back whole, with more rows than they have places."""
-    assert there(captured) == (True, 1)
+def test_pruned_pictures_go_around_a_captured_encoder_and_others_through_it(there):
+    """Otherwise they come back whole, with more rows than they have places."""
+    of_graphs, of_model, widths = there(captured)
+    assert of_graphs == [["image_grid_thw", "pixel_values"]]  # vLLM's own inputs alone
+    assert of_model == [1]
+    assert widths == [[WIDTH + 5] * 2, [WIDTH + 5]]
 
 
 def on_resuming():

@@ -25,7 +25,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
-from hiprune_vllm.engine.rotary import rotary_rows
+from hiprune_vllm.engine.rotary_table import rotary_rows
 from hiprune_vllm.models.llava import LlavaAdapter
 from tests.photos import photo
 from tests.reference import random_llava

@@ -72,21 +72,22 @@ class Config:
 
     def __init__(
         self,
-        mode="weights",
         compiled=False,
         draft=None,
         method="draft_model",
         counts=ENCODER_BUDGET,
         lora=None,
+        uses_mrope=False,
     ):
+        self.uses_mrope = uses_mrope
         self.lora_config = lora
         self.speculative_config = self if draft else None
+        self.method = method
         self.use_ngram = lambda: method == "ngram"
         self.draft_model_config = draft
         self.model_config = self
         self.multimodal_config = self
         self.compilation_config = self
-        self.mm_encoder_tp_mode = mode
         self.compile_mm_encoder = compiled
         self.ec_manager_config = self
         self.encoder_cache_manager_cls = counts
@@ -94,13 +95,17 @@ class Config:
 
 def test_engine_options_that_cannot_work_are_refused_with_the_remedy():
     check_engine(Config())
-    with pytest.raises(ValueError, match="--mm-encoder-tp-mode must be 'weights', got 'data'"):
-        check_engine(Config(mode="data"))
     with pytest.raises(ValueError, match="compile_mm_encoder must be false"):
         check_engine(Config(compiled=True))
     multimodal = SimpleNamespace(is_multimodal_model=True, model="draft")
-    with pytest.raises(ValueError, match="multimodal draft model"):
+    with pytest.raises(ValueError, match="a multimodal model as the draft"):
         check_engine(Config(draft=multimodal))
+    for method in ("mtp", "eagle", "eagle3"):  # made to see what the model sees
+        check_engine(Config(draft=multimodal, method=method, uses_mrope=True))
+    blind = SimpleNamespace(is_multimodal_model=False, model="draft")
+    check_engine(Config(draft=blind, method="dflash"))
+    with pytest.raises(ValueError, match="cannot keep drafts of the method 'dflash' inside"):
+        check_engine(Config(draft=blind, method="dflash", uses_mrope=True))
     check_engine(Config(draft=SimpleNamespace(is_multimodal_model=False, model="draft")))
     check_engine(Config(draft=multimodal, method="ngram"))  # vLLM names the served model there
     for counts in (None, "theirs.Manager"):

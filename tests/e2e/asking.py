@@ -199,14 +199,19 @@ def run_stock(name: str, path: str) -> tuple[list[dict[str, Any]], list[dict[str
     return answers, whole_videos(llm, family) if family.video else []
 
 
-def run_ranks(name: str, path: str, ranks: int) -> dict[str, Any]:
+def run_ranks(name: str, path: str, ranks: int, mode: str = "weights") -> dict[str, Any]:
+    """Answers, and what is remembered of images, of `ranks` that share the encoder by `mode`."""
     family = FAMILIES[name]
-    llm = start(family, path, prepared=False, tensor_parallel_size=ranks)  # workers are processes
+    llm = start(  # workers are processes
+        family, path, prepared=False, tensor_parallel_size=ranks, mm_encoder_tp_mode=mode
+    )
     names = list(family.pictures)
     asked = [ask(family, [each_name], {"ratio": 1 / 3}) for each_name in names]
     asked += [ask(family, names[:1], plan) for plan in PLANS]
     asked += [ask(family, names[:4], list(MIXED))]
-    return {"answers": generate(llm, asked), "kept": llm.apply_model(_remembered)}
+    alone = ask(family, names[1:2], {"ratio": 0.4})  # one picture, whatever there are of ranks
+    answers = [*generate(llm, [alone]), *generate(llm, asked)]
+    return {"answers": answers, "kept": llm.apply_model(_remembered)}
 
 
 def _remembered(model: Any) -> dict[Any, Any]:

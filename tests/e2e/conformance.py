@@ -196,7 +196,8 @@ class Conformance:
             self.check_chunks(of_family, oracle, results[kind], after)
 
     @pytest.mark.long
-    def test_two_ranks_keep_and_answer_what_one_does(self, of_family, checkpoint):
+    @pytest.mark.parametrize("mode", ["weights", "data"])
+    def test_two_ranks_keep_and_answer_what_one_does(self, of_family, checkpoint, mode):
         compared = {
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # sends a function
             "PRUNING_SECRET": "of both engines",  # which know an image by the same key then
@@ -209,6 +210,7 @@ class Conformance:
             self.family,
             str(checkpoint),
             2,
+            mode,
             environment=compared | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         )
         (alone,), (first, second) = one["kept"], two["kept"]

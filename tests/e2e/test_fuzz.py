@@ -151,7 +151,7 @@ SAMPLE = encoded((SAMPLES / "shapes-1.jpg").read_bytes(), "image/jpeg")
 ODD = [None, True, False, 0, -1, 1, 64, 2**31, 2**63, 10**400, 0.5, 1e308, "", "64", "\x00", "💥",
        [], [1], [[]], {}, {"tokens": 1}, {"a": {"b": []}}, "x" * 5000]  # fmt: skip
 KNOBS = ("tokens", "ratio", "total_tokens", "alpha", "object_layer", "buffer", "score", "method",
-         "unknown", "")  # fmt: skip
+         "min_pixels", "max_pixels", "max_tiles", "unknown", "")  # fmt: skip
 OPTIONS = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stop_token_ids",
            "logit_bias", "top_logprobs", "prompt_logprobs", "min_tokens", "max_tokens", "priority",
            "response_format", "tools", "tool_choice", "structured_outputs", "mm_processor_kwargs",

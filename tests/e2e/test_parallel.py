@@ -64,7 +64,7 @@ def remembered(model):
 
 def run(path, family, options):
     _, requests, family_options = FAMILIES[family]
-    llm = engine(path, disable_log_stats=False, **family_options, **options)
+    llm = engine(path, disable_log_stats=False, **family_options | options)
     answers = generate(llm, requests(), TOKENS)
     accepted = [
         metric.value
@@ -114,6 +114,18 @@ def test_two_tensor_parallel_ranks_keep_and_answer_what_one_rank_does(result, fa
     (kept,) = alone["kept"]
     assert len(kept) >= 4
     assert two["kept"] == [kept, kept]
+    assert_same_answers(two, alone)
+
+
+@needs_two_cores
+@needs_two_gpus_or_none
+def test_two_ranks_that_share_pictures_keep_and_answer_what_one_rank_does(result):
+    room = {"max_num_batched_tokens": 2048}  # several pictures a step: seven, three of one request
+    alone = result("qwen2_5_vl", **room)
+    two = result("qwen2_5_vl", tensor_parallel_size=2, mm_encoder_tp_mode="data", **room)
+    (kept,) = alone["kept"]
+    assert len(kept) >= 4
+    assert two["kept"] == [kept, kept]  # each rank knows what the other one has chosen
     assert_same_answers(two, alone)
 
 

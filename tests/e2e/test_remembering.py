@@ -168,7 +168,7 @@ def run_qwen(path):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    from hiprune_vllm.engine.rotary import rotary_rows
+    from hiprune_vllm.engine.rotary_table import rotary_rows
 
     llm, results = run(path, "qwen2_5_vl")
     model = worker_model(llm)

@@ -99,6 +99,40 @@ def test_an_answer_is_that_of_a_chat_with_the_same_plan(server, route, plans, wh
     assert prompt_tokens(answer) == prompt_tokens(chat)
 
 
+def media_tokens(usage):
+    """Of a prompt, as any of the APIs tells it."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    return details["image_tokens"], details["video_tokens"]
+
+
+@pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_usage_tells_how_much_of_the_prompt_its_pictures_are(server, route, stream):
+    for parts, keys, expected in (
+        ([CAT, CUP], {"hiprune": {"tokens": 40}}, 80),
+        ([CAT], {}, 576),
+        ([], {}, 0),
+    ):
+        asked = body(server, route, *(image(route, url) for url in parts), **keys)
+        if not stream:
+            usages = [server.post(route, asked).json()["usage"]]
+        else:
+            asked |= {"stream": True}
+            if route == CHAT:
+                asked["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+            lines = server.post(route, asked).text.splitlines()
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            holders = [
+                holder
+                for event in events
+                for holder in (event, event.get("message"), event.get("response"))
+                if holder
+            ]
+            usages = [holder["usage"] for holder in holders if holder.get("usage")]
+            assert len(usages) >= {CHAT: 8, RESPONSES: 1, MESSAGES: 2}[route]
+        assert {media_tokens(usage) for usage in usages} == {(expected, 0)}
+
+
 def test_detail_means_something_in_responses(server):
     answer = ask(server, RESPONSES, image(RESPONSES, CAT, detail="low"))
     assert kept(answer) == [(64, "detail")]

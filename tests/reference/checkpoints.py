@@ -123,6 +123,7 @@ _QWEN35_TEXT = {  # every other layer has states instead of keys and values
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "mtp_num_hidden_layers": 1,
 }
 _QWEN35_ROTARY = {**_INTERLEAVED, "mrope_section": [6, 5, 5], "partial_rotary_factor": 0.25}
 
@@ -228,6 +229,25 @@ def build_qwen(family: str, folder: Path, *, seed: int = 2, tokens: int = 400) -
     ).save_pretrained(folder)
 
 
+def _heads_for_a_second_token(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen3.5's own draft: a last layer over the hidden state and the next token's embedding.
+
+    Here it is the text model's last layer once more, so that some of its drafts are right.
+    """
+    last, start = _QWEN35_TEXT["num_hidden_layers"] - 1, "model.language_model."
+    made = {
+        f"mtp.layers.0.{rest}": weight.clone()
+        for name, weight in weights.items()
+        for _, found, rest in [name.partition(f"{start}layers.{last}.")]
+        if found
+    }
+    norm = weights[f"{start}norm.weight"]
+    for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        made[f"mtp.{name}.weight"] = norm.clone()
+    one = torch.eye(len(norm), dtype=norm.dtype)
+    return made | {"mtp.fc.weight": torch.cat([one, one], dim=1) / 2}
+
+
 def _as_published(family: str, path: Path) -> None:
     """Makes weights what they are in published checkpoints, where Hugging Face's classes do not."""
     weights = load_file(path)
@@ -236,8 +256,8 @@ def _as_published(family: str, path: Path) -> None:
             name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
             for name, weight in weights.items()
         }
-    if family.startswith("qwen3_5"):  # heads for several tokens at once, which are not loaded
-        weights["mtp.fc.weight"] = torch.zeros(64, 128)
+    if family.startswith("qwen3_5"):
+        weights |= _heads_for_a_second_token(weights)
     save_file(weights, path, metadata={"format": "pt"})
 
 

@@ -15,6 +15,7 @@ SERVER = ROOT / "server"
 ALLOWED = {
     "hiprune_vllm/__init__.py": ["hiprune_vllm.engine", "hiprune_vllm"],
     "hiprune_vllm/plan.py": ["hiprune_vllm.pruning.budget"],
+    "hiprune_vllm/reading.py": ["hiprune_vllm.plan", "hiprune_vllm.pruning.budget"],
     "hiprune_vllm/tuning.py": [],
     "hiprune_vllm/pruning/kernel.py": ["torch", "triton"],
     "hiprune_vllm/pruning": ["torch", "hiprune_vllm.pruning", "hiprune_vllm.tuning"],
@@ -22,6 +23,7 @@ ALLOWED = {
         "torch",
         "transformers",
         "vllm",
+        "PIL",
         "hiprune_vllm.pruning",
         "hiprune_vllm.plan",
         "hiprune_vllm.tuning",
@@ -42,11 +44,17 @@ ALLOWED = {
         "vllm",
         "cachetools",
         "numpy",
+        "PIL",
         "prometheus_client",
         "hiprune_vllm",
     ],
     "hiprune_server/cli.py": ["vllm", "yaml", "hiprune_server", "hiprune_vllm.plan"],
-    "hiprune_server/config.py": ["yaml", "hiprune_vllm.plan", "hiprune_vllm.pruning.budget"],
+    "hiprune_server/config.py": [
+        "yaml",
+        "hiprune_vllm.plan",
+        "hiprune_vllm.reading",
+        "hiprune_vllm.pruning.budget",
+    ],
     "hiprune_server/details.py": ["hiprune_server.config", "hiprune_vllm.plan"],
     "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/requests.py": [
@@ -81,7 +89,9 @@ ALLOWED = {
     "hiprune_server/pictures.py": ["numpy", "PIL"],
     "hiprune_server/wishes.py": ["hiprune_vllm.plan"],
     "hiprune_server/places.py": ["hiprune_vllm.plan"],
-    "hiprune_server/openapi.py": ["fastapi", "hiprune_vllm.plan"],
+    "hiprune_server/openapi.py": ["fastapi", "hiprune_vllm.plan", "hiprune_vllm.reading"],
+    "hiprune_server/pooling.py": ["hiprune_server", "hiprune_vllm.plan"],
+    "hiprune_server/report.py": ["vllm", "hiprune_vllm.plan"],
     "hiprune_server/playground": ["fastapi", "starlette", "hiprune_server.demo"],
     "hiprune_server/endpoint.py": [
         "vllm",
@@ -203,6 +213,7 @@ def test_the_server_takes_nothing_of_the_plugin_but_its_plan_and_version():
     [
         ("hiprune_vllm", ("torch", "vllm", "transformers")),
         ("hiprune_vllm.plan", ("torch", "vllm", "transformers")),
+        ("hiprune_vllm.reading", ("torch", "vllm", "transformers")),
         ("hiprune_vllm.pruning.select", ("vllm", "transformers")),
         ("hiprune_vllm.pruning.record", ("vllm", "transformers")),
         ("hiprune_server.cli", ("torch", "vllm", "transformers")),

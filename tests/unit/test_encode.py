@@ -89,6 +89,10 @@ class Block(nn.Module):
         return x + torch.tanh(x)
 
 
+def batch_of(pixels):
+    return Batch(list(pixels), [()] * len(pixels))
+
+
 class MergedTiles(FamilyAdapter):
     """Two square tiles a picture with a CLS token, 2x2 patches a token, row by row."""
 
@@ -107,7 +111,7 @@ class MergedTiles(FamilyAdapter):
         return tower(model.blocks, leading=1, merge=MERGE)
 
     def batch(self, model, **kwargs):
-        return Batch(kwargs["pixels"], [()] * len(kwargs["pixels"]))
+        raise NotImplementedError
 
     def forward(self, model, batch, parts):
         states = torch.cat([
@@ -128,7 +132,7 @@ def test_merged_tiles_are_pruned_as_by_hand(last_block, monkeypatch):
     pixels = torch.randn(4, 2, 49, WIDTH) * 2
     budgets = [budget(9), budget(24), budget(1), budget(9, method="stride")]
     images = [Image(one) for one in budgets]
-    got = encode(MergedTiles(), model, images, None, pixels=pixels)
+    got = encode(MergedTiles(), model, batch_of(pixels), images, None)
     for one, picture, encoded in zip(budgets, pixels, got, strict=True):
         parts = parts_of([GRID, GRID], one)
         rows = []
@@ -156,7 +160,7 @@ def test_merged_tiles_are_pruned_as_by_hand(last_block, monkeypatch):
 
     # A picture that is known keeps its tokens, whatever its scores would say now.
     other = Selection(got[0].selection.parts, tuple(torch.arange(n) for n in (5, 4)))
-    (again,) = encode(MergedTiles(), model, [Image(budgets[0], other)], None, pixels=pixels[:1])
+    (again,) = encode(MergedTiles(), model, batch_of(pixels[:1]), [Image(budgets[0], other)], None)
     assert again.selection.kept == other.kept
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from hiprune_server import metrics
-from hiprune_vllm.plan import Encoder, Limits, PlanError, parse_plan
+from hiprune_vllm.plan import Encoder, Limits, PlanError
+from hiprune_vllm.reading import parse_plan
 
 CLIP = Encoder("llava", output_layer=23, object_layer=9, has_cls=True)
 

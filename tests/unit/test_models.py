@@ -22,6 +22,7 @@ def config(tower="clip_vision_model", depth=24, layer=-2, strategy="default"):
         ),
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
+        image_grid_pinpoints=[[336, 672], [672, 672], [1008, 336]],
     )
 
 
@@ -30,21 +31,24 @@ def config(tower="clip_vision_model", depth=24, layer=-2, strategy="default"):
 )
 def test_the_papers_layers_are_the_defaults(adapter, family):
     """Section 4.1: layer 9 of CLIP-L's 24, features from hidden state -2, so 23 is the output."""
-    assert adapter.encoder(config()) == Encoder(family, 23, 9, has_cls=True)
+    tiles = (2, 4) if family == "llava_next" else None
+    assert adapter.encoder(config()) == Encoder(family, 23, 9, has_cls=True, tiles=tiles)
     assert adapter.encoder(config(layer=23)) == adapter.encoder(config())
     assert adapter.encoder(config(depth=9)).object_layer == 3
     siglip = config("siglip_vision_model", depth=27, strategy="full")
-    assert adapter.encoder(siglip) == Encoder(family, 26, 10, has_cls=False)
+    assert adapter.encoder(siglip) == Encoder(family, 26, 10, has_cls=False, tiles=tiles)
 
 
 def test_qwens_object_layer_is_half_its_depth():
     vision = SimpleNamespace(vision_config=SimpleNamespace(depth=32))
-    assert Qwen2VLAdapter().encoder(vision) == Encoder("qwen2_vl", 32, 16, has_cls=False)
-    assert Qwen25VLAdapter().encoder(vision) == Encoder("qwen2_5_vl", 32, 16, has_cls=False)
+    for adapter, name in ((Qwen2VLAdapter(), "qwen2_vl"), (Qwen25VLAdapter(), "qwen2_5_vl")):
+        assert adapter.encoder(vision) == Encoder(name, 32, 16, has_cls=False, free_sizes=True)
     # Published figures: 87 % of the accuracy is left at half the tokens of Qwen3-VL.
     vision = SimpleNamespace(vision_config=SimpleNamespace(depth=27))
     for adapter, name in ((Qwen3VLAdapter(), "qwen3_vl"), (Qwen35Adapter(), "qwen3_5")):
-        assert adapter.encoder(vision) == Encoder(name, 27, 13, has_cls=False, careful_ratio=0.5)
+        assert adapter.encoder(vision) == Encoder(
+            name, 27, 13, has_cls=False, careful_ratio=0.5, free_sizes=True
+        )
 
 
 def test_a_token_of_qwen3_vl_has_the_columns_of_earlier_blocks_behind_its_own():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from hiprune_vllm.engine.compat import leave_positions_of_text
+from hiprune_vllm.engine.compat import recompute_positions_where_needed
 from hiprune_vllm.engine.positions import PrunedMRopeModel
 from hiprune_vllm.engine.whole import whole_prompt
 from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
@@ -172,6 +172,9 @@ def a_runner(*, computed, features):
         input_batch=SimpleNamespace(req_ids=["one"]),
         encoder_cache={},
         _get_encoder_output_from_cache=lambda _: torch.zeros(10, WIDTH + 5),
+        get_model=lambda: SimpleNamespace(
+            without_positions=lambda items: [item[:, :WIDTH] for item in items]
+        ),
         _calc_mrope_positions=lambda _: None,
         mrope_positions=SimpleNamespace(copy_to_gpu=lambda _: None),
     )
@@ -185,7 +188,8 @@ def a_runner(*, computed, features):
         (0, 8, True, 0, True),  # text before it
         (29, 5, True, 0, True),
         (30, 5, True, 0, False),  # text behind it
-        (29, 5, True, 1, False),  # a draft model's view
+        (10, 5, True, 1, False),  # a draft model's view: positions are known by then
+        (29, 5, True, 1, False),
         (45, 1, True, 0, False),  # decoding
         (0, 40, False, 0, False),
     ],
@@ -196,9 +200,9 @@ def test_the_runner_recomputes_positions_only_in_steps_with_images(
     monkeypatch.setattr("vllm.v1.worker.gpu_model_runner.PIN_MEMORY", False)
     stock = inspect.unwrap(GPUModelRunner._gather_mm_embeddings)
     monkeypatch.setattr(GPUModelRunner, "_gather_mm_embeddings", stock)
-    leave_positions_of_text()
+    recompute_positions_where_needed()
     gather = GPUModelRunner._gather_mm_embeddings
-    leave_positions_of_text()
+    recompute_positions_where_needed()
     assert GPUModelRunner._gather_mm_embeddings is gather is not stock  # once
     place = PlaceholderRange(offset=20, length=10)
     image = SimpleNamespace(mm_position=place, identifier="x", modality="image")
@@ -206,6 +210,8 @@ def test_the_runner_recomputes_positions_only_in_steps_with_images(
     out = SimpleNamespace(
         total_num_scheduled_tokens=scheduled, num_scheduled_tokens={"one": scheduled}
     )
-    gather(runner, out, shift_computed_tokens=shift)
+    embeddings, _ = gather(runner, out, shift_computed_tokens=shift)
+    if asks or shift:
+        assert all(item.shape[1] == WIDTH for item in embeddings)  # without positions
     assert asked == ([computed] if asks else [])
     assert runner.is_multimodal_pruning_enabled

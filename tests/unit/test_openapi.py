@@ -3,7 +3,7 @@
 import copy
 
 from hiprune_server.openapi import extend
-from hiprune_vllm.plan import KNOBS, Encoder, Limits
+from hiprune_vllm.plan import KNOBS, SIZES, Encoder, Limits
 
 
 def test_fields_have_the_ranges_of_the_model_and_doing_it_twice_changes_nothing():
@@ -19,7 +19,7 @@ def test_fields_have_the_ranges_of_the_model_and_doing_it_twice_changes_nothing(
     plan = schemas["HiPrunePlan"]["properties"]
     assert plan["object_layer"]["maximum"] == 22
     assert plan["tokens"]["maximum"] == 99
-    assert set(plan) == set(KNOBS) - {"alpha"}
+    assert set(plan) == set(KNOBS) - {"alpha", *SIZES, "max_tiles"}
     assert set(schemas["HiPruneImagePlan"]["properties"]) == set(plan) - {"total_tokens"}
     for name, kind in (
         ("PrunedChatRequest", "HiPrunePlan"),

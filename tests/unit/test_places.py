@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hiprune_server.places import PLACES, READ, fault
+from hiprune_server.places import OF_NUMBERS, PLACES, READ, fault
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PLAN = {"tokens": 64}
@@ -112,7 +112,7 @@ def test_whole_characters_of_every_width_and_bodies_of_every_kind_are_handed_on(
 
 def test_every_route_that_reads_budgets_reads_one_at_the_top():
     assert set(READ) < set(PLACES)
-    assert len(READ) == 5
+    assert len(READ) == 5 + len(OF_NUMBERS)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,19 @@ from hiprune_vllm.plan import (
     FULL,
     KNOBS,
     MAX_TOKENS,
+    SIZES,
     Encoder,
     Limits,
     PlanError,
     PruningPlan,
     TokenCount,
     complete,
-    parse_plan,
     resolve_all,
-    schema,
 )
+from hiprune_vllm.reading import parse_plan, schema
 
 CLIP = Encoder(family="llava", output_layer=23, object_layer=9, has_cls=True)
+FREE = dataclasses.replace(CLIP, free_sizes=True, tiles=(2, 4))
 SIGLIP = dataclasses.replace(CLIP, has_cls=False)
 
 GOOD = [
@@ -138,13 +139,14 @@ def test_whatever_comes_is_either_served_exactly_or_refused(value):
 
 
 def test_the_published_schema_agrees_with_the_parser():
-    published = schema(CLIP)
+    published = schema(FREE)
     assert list(published) == list(KNOBS)
+    assert list(schema(CLIP)) == [knob for knob in KNOBS if knob not in (*SIZES, "max_tiles")]
     json.dumps(published)
     for knob, rule in published.items():
         for edge in ("minimum", "maximum"):
             if edge in rule:
-                parse_plan({knob: rule[edge]}, CLIP)
+                parse_plan({knob: rule[edge]}, FREE)
         if "exclusiveMinimum" in rule:
             with pytest.raises(PlanError):
                 parse_plan({knob: rule["exclusiveMinimum"]}, CLIP)
@@ -261,6 +263,22 @@ def test_a_budget_is_its_owners():
     assert PruningPlan(ratio=0.5).over(preset).tokens is None
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs", "merged"),
+    [
+        ({"max_pixels": 50}, {"min_pixels": 10}, (10, 50)),
+        ({"max_pixels": 50}, {"min_pixels": 60}, (50, 50)),  # mine decides
+        ({"min_pixels": 60}, {"max_pixels": 50}, (60, 60)),
+        ({"min_pixels": 20}, {"min_pixels": 60, "max_pixels": 70}, (20, 70)),
+        ({}, {"min_pixels": 60, "max_pixels": 70}, (60, 70)),
+    ],
+)
+def test_sizes_of_two_wishes_fit_together(mine, theirs, merged):
+    plan = PruningPlan(**mine).over(PruningPlan(**theirs))
+    assert (plan.min_pixels, plan.max_pixels) == merged
+    assert not plan.keeps_all
+
+
 def test_what_a_requests_images_are_before_pruning_is_limited():
     limits = Limits(max_full_tokens=2000)
     limits.check_images([576] * 3)
@@ -284,7 +302,7 @@ def test_the_limit_lets_through_what_people_ask_for():
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "9", None])
-@pytest.mark.parametrize("name", ["min_tokens", "max_tokens", "max_full_tokens"])
+@pytest.mark.parametrize("name", ["min_tokens", "max_tokens", "max_full_tokens", "max_pixels"])
 def test_limits_that_are_no_numbers_are_refused(name, value):
     with pytest.raises(PlanError, match=rf"hiprune_limits\.{name} must be an integer >= 1"):
         Limits(**{name: value})

@@ -3,7 +3,8 @@
 import pytest
 
 from hiprune_server.wishes import ImageWish, check_arrived, tag, take_image_wishes
-from hiprune_vllm.plan import Encoder, PlanError, PruningPlan, parse_plan
+from hiprune_vllm.plan import Encoder, PlanError, PruningPlan
+from hiprune_vllm.reading import parse_plan
 
 ENCODER = Encoder("llava", 8, 3, has_cls=True)
 PRESETS = {"low": PruningPlan(ratio=0.1), "high": PruningPlan(ratio=1.0)}

@@ -1,13 +1,13 @@
-"""The `hiprune` object: the only place where a user's knobs are read and checked.
+"""The `hiprune` object: a user's knobs, who decides them, and what they come to.
 
 Standard library only, so that the server can use it without torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, NamedTuple, cast
 
-from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES, ImageBudget, spread, tokens_kept
+from hiprune_vllm.pruning.budget import METHODS, ImageBudget, spread, tokens_kept
 
 MAX_TOKENS: Final = 2**31 - 1
 MAX_FULL_TOKENS: Final = 2**20
@@ -19,6 +19,8 @@ LIMITS: Final = "hiprune_limits"
 """Beside FIELD in the engine's `mm_processor_kwargs`: fields of `Limits`."""
 BUDGETS: Final = ("tokens", "ratio", "total_tokens")
 """Three ways to say how many; at most one in a plan."""
+SIZES: Final = ("min_pixels", "max_pixels")
+"""Between which the picture is scaled before it is encoded, where its size is free."""
 
 
 class PlanError(ValueError):
@@ -51,6 +53,8 @@ class Encoder:
         has_cls: whether there is a CLS token to take scores from.
         careful_ratio: share of the tokens below which published figures of this encoder, by any
             method, lose much; None where none are known to.
+        free_sizes: whether a picture may have any number of pixels (`SIZES`), and thus of tokens.
+        tiles: least and most that a picture is cut into beside the base tile; None where none is.
     """
 
     family: str
@@ -58,6 +62,8 @@ class Encoder:
     object_layer: int
     has_cls: bool
     careful_ratio: float | None = None
+    free_sizes: bool = False
+    tiles: tuple[int, int] | None = None
 
 
 class TokenCount(NamedTuple):
@@ -83,6 +89,8 @@ class Limits:
         fixed: knobs that may not be given at all.
         max_full_tokens: visual tokens of all images of a request together, as they are before
             pruning, whether or not they are pruned: what the vision encoder has to work on.
+        max_pixels: that a picture is scaled to at most, where its size is free, whether or not a
+            request says anything of it; at most what the checkpoint's processor says.
     """
 
     min_tokens: int = 1
@@ -90,9 +98,10 @@ class Limits:
     methods: tuple[str, ...] = METHODS
     fixed: tuple[str, ...] = ()
     max_full_tokens: int = MAX_FULL_TOKENS
+    max_pixels: int = MAX_TOKENS
 
     def __post_init__(self) -> None:
-        for name in ("min_tokens", "max_tokens", "max_full_tokens"):
+        for name in ("min_tokens", "max_tokens", "max_full_tokens", "max_pixels"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{LIMITS}.{name}", f"must be an integer >= 1, got {value!r}")
@@ -121,6 +130,13 @@ class Limits:
             )
         if plan.tokens is not None and not self.min_tokens <= plan.tokens <= self.max_tokens:
             raise PlanError(f"{field}.tokens", f"{self._told()}, got {plan.tokens}")
+        for knob in SIZES:
+            wish = getattr(plan, knob)
+            if wish is not None and wish > self.max_pixels:
+                raise PlanError(
+                    f"{field}.{knob}",
+                    f"must be at most {self.max_pixels} (limits.max_pixels), got {wish}",
+                )
 
     def apply(self, keep: int, full: int, plan: "PruningPlan") -> int:
         """Tokens kept of an image of `full`: the operator's own wish is held within the limits.
@@ -161,6 +177,9 @@ class PruningPlan:
     buffer: str | None = None
     score: str | None = None
     method: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tiles: int | None = None
     of_operator: bool = False
 
     @property
@@ -169,17 +188,25 @@ class PruningPlan:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is asked for that would drop a token."""
-        return self.tokens is self.total_tokens is None and self.ratio in (None, 1.0)
+        """Whether nothing is asked for that would drop a token or scale a picture."""
+        sizes = self.min_pixels, self.max_pixels, self.max_tiles
+        keeps = self.tokens is self.total_tokens is None and self.ratio in (None, 1.0)
+        return keeps and sizes == (None, None, None)
 
     def over(self, base: "PruningPlan") -> "PruningPlan":
-        """This wish, with `base` deciding what it leaves open. The budget counts as one knob."""
+        """This wish, with `base` deciding what it leaves open. The budget counts as one knob.
+
+        Where one's least pixels are more than the other's most, this wish's number is both.
+        """
         chosen = {
             name: mine if (mine := getattr(self, name)) is not None else getattr(base, name)
             for name in KNOBS
         }
         decides = self if self.has_budget else base
         chosen |= {name: getattr(decides, name) for name in (*BUDGETS, "of_operator")}
+        least, most = chosen["min_pixels"], chosen["max_pixels"]
+        if None not in (least, most) and least > most:
+            chosen |= dict.fromkeys(SIZES, least if self.max_pixels is None else most)
         return PruningPlan(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,6 +235,8 @@ class PruningPlan:
         )
 
 
+KNOBS: Final = tuple(one.name for one in fields(PruningPlan) if one.name != "of_operator")
+"""Every field of a `hiprune` object."""
 FULL: Final = PruningPlan(ratio=1.0)
 
 
@@ -251,42 +280,6 @@ def resolve_all(
     return [plan.resolve(count, encoder, limits) for plan, count in zip(plans, counts, strict=True)]
 
 
-def parse_plan(
-    value: object, encoder: Encoder, *, field: str = FIELD, for_one_image: bool = False
-) -> PruningPlan:
-    """Reads a `hiprune` object as it came from a client, a flag or a configuration.
-
-    Args:
-        value: decoded JSON.
-        encoder: what the served model allows.
-        field: how to call the object in errors.
-        for_one_image: refuse what only a whole request can have (`total_tokens`).
-
-    Raises:
-        PlanError: naming the field, what must hold and what came.
-    """
-    if not isinstance(value, Mapping):
-        raise PlanError(field, f"must be an object, got {_show(value)}")
-    known = list(KNOBS)
-    if for_one_image:
-        known.remove("total_tokens")
-    for key in value:
-        if key not in known:
-            raise PlanError(
-                f"{field}.{_short(str(key))}", f"is unknown; allowed are {', '.join(known)}"
-            )
-    knobs = {key: _READERS[key](value[key], f"{field}.{key}", encoder) for key in value}
-    plan = PruningPlan(**knobs)
-    given = [name for name in BUDGETS if getattr(plan, name) is not None]
-    if len(given) > 1:
-        raise PlanError(
-            field,
-            f"must not have both {' and '.join(given)}, "
-            f"got {' and '.join(f'{name} {getattr(plan, name)}' for name in given)}",
-        )
-    return plan
-
-
 def complete(plan: PruningPlan, encoder: Encoder) -> PruningPlan:
     """The plan with every knob that it leaves open at its standard value."""
     return plan.over(
@@ -302,92 +295,6 @@ def complete(plan: PruningPlan, encoder: Encoder) -> PruningPlan:
     )
 
 
-def schema(encoder: Encoder, limits: Limits = NO_LIMITS) -> dict[str, dict[str, Any]]:
-    """Range of every knob that a request may give, in the words of JSON Schema."""
-    ranges: dict[str, dict[str, Any]] = {
-        "tokens": {
-            "type": "integer",
-            "minimum": limits.min_tokens,
-            "maximum": limits.max_tokens,
-        },
-        "ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-        "total_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
-        "alpha": {"type": "number", "minimum": 0, "maximum": 1},
-        "object_layer": {"type": "integer", "minimum": 1, "maximum": encoder.output_layer - 1},
-        "buffer": {"enum": list(BUFFERS)},
-        "score": {"enum": list(SCORES) if encoder.has_cls else ["global"]},
-        "method": {"enum": list(limits.methods)},
-    }
-    return {knob: allowed for knob, allowed in ranges.items() if knob not in limits.fixed}
-
-
 def with_seed(budget: ImageBudget, seed: int) -> ImageBudget:
     """The budget with `seed`, where its method draws at random; unchanged otherwise."""
     return replace(budget, seed=seed) if budget.method == "random" else budget
-
-
-def _show(value: object) -> str:
-    """A client's value as it would look in JSON, short enough for an error message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "an integer of more than 60 digits"
-    if isinstance(value, str | int | float):
-        return _short(repr(value))
-    return "an array" if isinstance(value, list | tuple) else "an object"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _integer(value: object, field: str, low: int, high: int) -> int:
-    wanted = f"must be an integer in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise PlanError(field, f"{wanted}, got {_show(value)}")
-    return value
-
-
-def _number(value: object, field: str, *, low_is_open: bool) -> float:
-    wanted = f"must be a number in {'(' if low_is_open else '['}0, 1]"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= 1  # NaN is not either
-        or (low_is_open and value == 0)
-    ):
-        raise PlanError(field, f"{wanted}, got {_show(value)}")
-    return float(value)
-
-
-def _name(value: object, field: str, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise PlanError(field, f"must be one of {', '.join(allowed)}, got {_show(value)}")
-    return value
-
-
-def _score(value: object, field: str, encoder: Encoder) -> str:
-    name = _name(value, field, SCORES)
-    if name == "cls" and not encoder.has_cls:
-        raise PlanError(
-            field, "must be 'global' for this model, whose encoder has no CLS token, got 'cls'"
-        )
-    return name
-
-
-_READERS: Final[Mapping[str, Callable[[object, str, Encoder], Any]]] = {
-    "tokens": lambda value, field, _: _integer(value, field, 1, MAX_TOKENS),
-    "ratio": lambda value, field, _: _number(value, field, low_is_open=True),
-    "total_tokens": lambda value, field, _: _integer(value, field, 1, MAX_TOKENS),
-    "alpha": lambda value, field, _: _number(value, field, low_is_open=False),
-    "object_layer": lambda value, field, encoder: _integer(
-        value, field, 1, encoder.output_layer - 1
-    ),
-    "buffer": lambda value, field, _: _name(value, field, BUFFERS),
-    "score": _score,
-    "method": lambda value, field, _: _name(value, field, METHODS),
-}
-KNOBS: Final = tuple(_READERS)
-"""Every field of a `hiprune` object."""

@@ -12,9 +12,10 @@ import vllm
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
+from hiprune_vllm.engine.info import split_context
 from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.positions import PrunedMRopeModel
-from hiprune_vllm.engine.processing import PrunedProcessor, split_context
+from hiprune_vllm.engine.processing import PrunedProcessor
 from hiprune_vllm.engine.proof import prove
 from hiprune_vllm.engine.registration import CLASSES
 from hiprune_vllm.engine.releases import check_version
@@ -46,7 +47,7 @@ def _registered(made: Any, vllm_class: Any, family: FamilyAdapter) -> Any:
     def build_info(ctx: InputProcessingContext) -> Any:
         ctx, pruning = split_context(ctx, family)
         info = stock.info(ctx)
-        info.pruning = pruning
+        info.pruning = pruning.within(family.pixels(info) if pruning.encoder else None)
         return info
 
     def build_processor(info: Any, dummy_inputs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Which engine options this plugin cannot work with, and what it changes in vLLM."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final
 
 from vllm.config import MultiModalConfig
@@ -13,6 +13,13 @@ ENCODER_BUDGET: Final = "hiprune_vllm.engine.scheduling.WholeImageBudget"
 """Class by which the scheduler counts what is encoded."""
 
 
+SEEING_DRAFTS: Final = ("mtp", "eagle", "eagle3")
+"""Methods of speculative decoding whose drafts are to see images one token ahead."""
+
+BLIND_DRAFTS: Final = ("dflash", "dspark")
+"""Methods whose drafts number tokens by the target's positions in a way of their own."""
+
+
 def check_engine(vllm_config: Any) -> None:
     """Refuses engine options under which pruning would be wrong.
 
@@ -20,22 +27,22 @@ def check_engine(vllm_config: Any) -> None:
         ValueError: naming the option and what to do instead.
     """
     tuning.check()
-    multimodal = vllm_config.model_config.multimodal_config
-    if multimodal.mm_encoder_tp_mode != "weights":
-        raise ValueError(
-            "hiprune-vllm sums scores over tensor-parallel ranks, so every rank has to encode "
-            f"every image: --mm-encoder-tp-mode must be 'weights', got "
-            f"{multimodal.mm_encoder_tp_mode!r}. Remove the flag."
-        )
     speculative = vllm_config.speculative_config
     # Where drafts are looked up in the prompt vLLM names the served model as the draft.
     modelled = speculative is not None and not speculative.use_ngram()
     draft = speculative.draft_model_config if modelled else None
-    if draft is not None and draft.is_multimodal_model:
+    if draft is not None and draft.is_multimodal_model and speculative.method not in SEEING_DRAFTS:
         raise ValueError(
-            "hiprune-vllm cannot serve speculative decoding with a multimodal draft model, which "
-            f"sees images one token ahead: got {draft.model!r}. Use a text-only draft, the method "
-            "ngram, or none."
+            "hiprune-vllm cannot serve speculative decoding with a multimodal model as the draft, "
+            f"which vLLM gives images one token ahead: got {draft.model!r} by the method "
+            f"{speculative.method!r}. Use a text-only draft, ngram, a method of "
+            f"{', '.join(SEEING_DRAFTS)}, or none."
+        )
+    if modelled and vllm_config.model_config.uses_mrope and speculative.method in BLIND_DRAFTS:
+        raise ValueError(
+            "hiprune-vllm cannot keep drafts of the method "
+            f"{speculative.method!r} inside their table of rotary embeddings beside a model with "
+            f"3-D positions. Use a method of {', '.join(SEEING_DRAFTS)}, ngram, or none."
         )
     if vllm_config.compilation_config.compile_mm_encoder:
         raise ValueError(
@@ -169,25 +176,29 @@ def carry_positions_with_embeddings(vllm_config: Any) -> None:
     multimodal.__class__ = _PositionsWithEmbeddings
 
 
-def _has_media(runner: Any, shift: int) -> bool:
+def _has_media(runner: Any) -> bool:
     """Whether a request of the step at hand has images or videos that are not behind it."""
     for name in runner.input_batch.req_ids:
         request = runner.requests[name]
         if request.mm_features:
             last = request.mm_features[-1].mm_position
-            if last.offset + last.length > request.num_computed_tokens + shift:
+            if last.offset + last.length > request.num_computed_tokens:
                 return True
     return False
 
 
-def leave_positions_of_text() -> None:
-    """Makes the older model runner skip `recompute_mrope_positions` where a step has no media.
+def recompute_positions_where_needed() -> None:
+    """Makes the older model runner skip `recompute_mrope_positions` where nothing is to be learnt.
 
-    Symptom: with 3-D positions every decoding request, pruned or not, takes 6 us of each step.
+    Symptom: with 3-D positions every decoding request, pruned or not, takes 6 us of each step; with
+        a draft model that sees images, kept tokens of a chunk get their neighbours' positions.
     Cause: the runner recomputes the positions of all requests in every step, and copies them, also
-        where there is no embedding that brings any.
-    Change: in such a step it works as without pruning. Idempotent.
-    Remove when: it passes over requests without embeddings, as the newer runner does.
+        where there is no embedding that brings any; and once more with what it gathers for a draft,
+        which begins one token later than it says.
+    Change: in a step without media it works as without pruning, and a draft's embeddings lose
+        their positions, which are known by then. Idempotent.
+    Remove when: it passes over requests without embeddings and strips those of drafts, as the
+        newer runner does.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -197,15 +208,44 @@ def leave_positions_of_text() -> None:
 
     @wraps(gather)
     def gather_for_media(self: Any, scheduler_output: Any, shift_computed_tokens: int = 0) -> Any:
-        enabled = self.is_multimodal_pruning_enabled
-        self.is_multimodal_pruning_enabled = enabled and _has_media(self, shift_computed_tokens)
+        enabled, draft = self.is_multimodal_pruning_enabled, shift_computed_tokens > 0
+        self.is_multimodal_pruning_enabled = enabled and not draft and _has_media(self)
         try:
-            return gather(self, scheduler_output, shift_computed_tokens)
+            embeddings, places = gather(self, scheduler_output, shift_computed_tokens)
         finally:
             self.is_multimodal_pruning_enabled = enabled
+        if enabled and draft:
+            embeddings = self.get_model().without_positions(embeddings)
+        return embeddings, places
 
     gather_for_media.of_vllm = gather  # type: ignore[attr-defined]
     GPUModelRunner._gather_mm_embeddings = gather_for_media
+
+
+def keep_pruned_images_out_of_graphs() -> None:
+    """Makes vLLM's captured encoder leave batches with pruned images to the model.
+
+    Symptom: with `cudagraph_mm_encoder` a pruned image comes with all its tokens, of which the
+        prompt has fewer: the engine ends.
+    Cause: a captured graph runs instead of the model's `embed_multimodal`.
+    Change: the model is asked first; where it says None both runners call `embed_multimodal`, as
+        for what has no graph. Idempotent.
+    Remove when: a model can say which items have a graph.
+    """
+    from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
+
+    execute = EncoderCudaGraphManager.execute
+    if hasattr(execute, "of_vllm"):
+        return
+
+    @wraps(execute)
+    def ask_first(self: Any, mm_kwargs: dict[str, Any]) -> Any:
+        ask = getattr(self.model, "through_graphs", None)
+        run = partial(execute, self)
+        return run(mm_kwargs) if ask is None else ask(run, mm_kwargs)
+
+    ask_first.of_vllm = execute  # type: ignore[attr-defined]
+    EncoderCudaGraphManager.execute = ask_first
 
 
 ADAPTER_OPERATIONS: Final = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")

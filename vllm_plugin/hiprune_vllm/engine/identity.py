@@ -99,14 +99,25 @@ def all_at_hand(inputs: ProcessorInputs) -> None:
             raise not_at_hand(i)
 
 
-def with_budget(identity: str, name: str | None, budget: ImageBudget, algorithm: Any) -> str:
+def with_budget(
+    identity: str,
+    name: str | None,
+    budget: ImageBudget,
+    sizes: Mapping[str, int],
+    algorithm: Any,
+) -> str:
     """An image's final identity (a digest), of vLLM's own (its content or its name) and its budget.
+
+    And of what it is scaled to: another size may come to as many tokens.
 
     Of unpruned images too, and of what vLLM's own is made of: a client that names its image by the
     identity of somebody else's must not meet it, nor an entry of another length.
     """
     digest: str = MultiModalHasher.hash_kwargs(
-        algorithm, identity=identity, named=name is not None, hiprune=list(budget.to_ints())
+        algorithm,
+        identity=identity,
+        named=name is not None,
+        hiprune=[*budget.to_ints(), *sizes.values()],
     )
     return digest
 

@@ -1,6 +1,6 @@
 """The worker's side: a model class that hands pruned batches to its family's adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,10 @@ from hiprune_vllm.engine.compat import (
     check_engine,
     forget_with_caches,
     keep_adapters_to_their_requests,
+    keep_pruned_images_out_of_graphs,
     let_cpu_runner_receive,
 )
+from hiprune_vllm.engine.sharing import encode_shared
 from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
 from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
 from hiprune_vllm.models.encode import check_tower, encode
@@ -64,11 +66,14 @@ class PrunedModel(torch.nn.Module):
         forget_with_caches()
         if vllm_config.lora_config is not None:
             keep_adapters_to_their_requests()
+        if vllm_config.compilation_config.cudagraph_mm_encoder:
+            keep_pruned_images_out_of_graphs()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         multimodal = vllm_config.model_config.multimodal_config
         # A server that takes no pictures has no tower, nor have the other stages of a pipeline.
         if multimodal.get_limit_per_prompt("image") and get_pp_group().is_first_rank:
             check_tower(self.family, self)
+        self._whole_on_each_rank = multimodal.mm_encoder_tp_mode == "data"
         self._kept_before: LRUCache[Key, Selection] = LRUCache(REMEMBERED_IMAGES)
 
     def forget(self) -> None:
@@ -80,7 +85,24 @@ class PrunedModel(torch.nn.Module):
         with ENCODER.running(next(self.parameters()).device):
             embeddings = self._embed(**kwargs)
         _note(ENCODER, ENCODER_SECONDS)
-        return embeddings
+        return self.as_sent(embeddings)
+
+    def as_sent(self, items: Any) -> Any:
+        """What goes to vLLM's cache of encoded items, of what the encoder has made of a batch."""
+        return items
+
+    def through_graphs(self, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]) -> Any:
+        """A batch by vLLM's captured encoder; None where some image of it is pruned.
+
+        Args:
+            run: vLLM's own, which knows nothing of budgets.
+            inputs: the model's own multimodal inputs of the batch.
+        """
+        rows = inputs.get(BUDGET_FIELD)
+        if rows is not None and not all(unpack_item(row)[0].is_full for row in rows.tolist()):
+            return None
+        of_vllm = {name: value for name, value in inputs.items() if name != BUDGET_FIELD}
+        return self.as_sent(run(of_vllm))
 
     def _embed(self, **kwargs: object) -> Any:
         """vLLM's own forward where no image of the batch is pruned.
@@ -130,8 +152,14 @@ class PrunedModel(torch.nn.Module):
     def _encode(
         self, images: Sequence[Image], keys: Sequence[Key], **kwargs: object
     ) -> list[Encoded]:
-        parallel = get_tensor_model_parallel_world_size() > 1
-        encoded = encode(self.family, self, images, sum_over_ranks if parallel else None, **kwargs)
+        batch = self.family.batch(self, **kwargs)
+        ranks = get_tensor_model_parallel_world_size()
+        if ranks > 1 and self._whole_on_each_rank and images[0].trace is None:
+            encoded = encode_shared(self.family, self, batch, images)
+        else:
+            split = ranks > 1 and not self._whole_on_each_rank
+            add = sum_over_ranks if split else None
+            encoded = encode(self.family, self, batch, images, add)
         for key, image in zip(keys, encoded, strict=True):
             if image.selection is not None:
                 self._kept_before[key] = image.selection

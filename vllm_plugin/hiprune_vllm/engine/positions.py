@@ -5,18 +5,19 @@ positions of the prompt as it would be unpruned (`whole_prompt`).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.multimodal.utils import copy_mm_embedding_modality
 from vllm.sequence import IntermediateTensors
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from hiprune_vllm.engine.compat import (
     carry_positions_with_embeddings,
-    leave_positions_of_text,
     let_cpu_runner_ask,
+    recompute_positions_where_needed,
 )
+from hiprune_vllm.engine.drafts import tell_places_from_positions
 from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.whole import dropped, whole_prompt
 from hiprune_vllm.pruning.positions import decode_positions, no_positions
@@ -50,7 +51,9 @@ class PrunedMRopeModel(PrunedModel):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         # Before layers are made: some make a longer table of rotary embeddings for it.
         carry_positions_with_embeddings(vllm_config)
-        leave_positions_of_text()
+        recompute_positions_where_needed()
+        if vllm_config.speculative_config is not None:
+            tell_places_from_positions()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.is_multimodal_pruning_enabled = False  # vLLM's own, of videos
         of_vllm = self.make_empty_intermediate_tensors
@@ -90,18 +93,15 @@ class PrunedMRopeModel(PrunedModel):
             return IntermediateTensors(result.tensors | {POSITIONS: positions.t().contiguous()})
         return result
 
-    def embed_multimodal(self, **kwargs: object) -> Any:
+    def as_sent(self, items: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All of one width: those of pruned images bring positions, the others none."""
         width = self.visual.out_hidden_size
         return [
             item
             if item.shape[1] > width
             else torch.cat([item, no_positions(len(item), item)], dim=1)
-            for item in super().embed_multimodal(**kwargs)
+            for item in super().as_sent(items)
         ]
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        # A captured encoder would bypass `embed_multimodal` and with it the selection.
-        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
@@ -118,6 +118,11 @@ class PrunedMRopeModel(PrunedModel):
         positions, _ = number(whole.tokens, whole.media)
         positions = positions[:, torch.from_numpy(whole.places)]
         return positions, int(positions.max()) + 1 - len(input_tokens)
+
+    def without_positions(self, embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the language model, or a draft of it, gets of pieces as `embed_multimodal` made."""
+        width = self.visual.out_hidden_size
+        return [copy_mm_embedding_modality(item, item[:, :width]) for item in embeddings]
 
     def recompute_mrope_positions(
         self,
@@ -142,7 +147,7 @@ class PrunedMRopeModel(PrunedModel):
         if not multimodal_embeddings:
             return [], mrope_positions, _delta(mrope_positions)
         width = self.visual.out_hidden_size
-        embeddings = [item[:, :width] for item in multimodal_embeddings]
+        embeddings = self.without_positions(multimodal_embeddings)
         encoded = torch.cat([item[:, width:] for item in multimodal_embeddings])
         device = mrope_positions.device
         with gpu_sync_allowed():

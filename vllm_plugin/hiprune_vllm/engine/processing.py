@@ -1,6 +1,5 @@
 """The front end's side: a plan becomes N' placeholder tokens and a part of the item's identity."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +10,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import (
-    InputProcessingContext,
     ProcessorInputs,
     PromptReplacement,
     PromptUpdate,
@@ -28,20 +26,19 @@ from hiprune_vllm.engine.identity import (
     of_kind,
     with_budget,
 )
+from hiprune_vllm.engine.info import PruningInfo
 from hiprune_vllm.engine.scheduling import with_size
+from hiprune_vllm.engine.sizes import SizedProcessing, of_processor
 from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
-from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
+from hiprune_vllm.models.base import FamilyAdapter
 from hiprune_vllm.plan import (
     FIELD,
     FULL,
-    LIMITS,
     NO_LIMITS,
-    Encoder,
-    Limits,
     PlanError,
     PruningPlan,
+    TokenCount,
     complete,
-    parse_plan,
     resolve_all,
     with_seed,
 )
@@ -51,74 +48,18 @@ THIRD: Final = PruningPlan(ratio=1 / 3)
 """What a family's proof at start-up prunes its dummy picture to."""
 
 
-@dataclass(frozen=True)
-class PruningInfo:
-    """What the front end knows about pruning on this engine.
+class _Item(NamedTuple):
+    """One image of a request as the hooks see it.
 
     Attributes:
-        family: the model family's adapter.
-        encoder: what the checkpoint's encoder allows; None where it cannot be pruned.
-        unsupported: why it cannot, empty otherwise.
-        default: engine-wide plan (`--mm-processor-kwargs '{"hiprune": {...}}'`).
-        limits: the operator's (`--mm-processor-kwargs '{"hiprune_limits": {...}}'`).
+        budget: what to keep of it.
+        identity: the final one (a digest).
+        sizes: what it is scaled to, where that is not the checkpoint's own.
     """
-
-    family: FamilyAdapter
-    encoder: Encoder | None
-    unsupported: str
-    default: PruningPlan
-    limits: Limits = NO_LIMITS
-
-    def parse(
-        self, value: object, *, name: str = FIELD, for_one_image: bool = False
-    ) -> PruningPlan:
-        """A request's `hiprune` object for this model. Raises `PlanError`."""
-        if self.encoder is None:
-            raise PlanError(name, f"cannot be served: {self.unsupported}")
-        plan = parse_plan(value, self.encoder, field=name, for_one_image=for_one_image)
-        self.limits.check(plan, name)
-        return plan
-
-
-def split_context(
-    ctx: InputProcessingContext, family: FamilyAdapter
-) -> tuple[InputProcessingContext, PruningInfo]:
-    """Takes the engine-wide plan out of what the Hugging Face processor will see.
-
-    vLLM merges the engine's `mm_processor_kwargs` into every processor call at several places, so
-    the key is removed once from a copy of the configuration that this processor alone reads.
-
-    Raises:
-        RuntimeError: the engine-wide plan is invalid, or the encoder too shallow (at start-up).
-    """
-    model_config = copy.copy(ctx.model_config)
-    multimodal = copy.copy(model_config.get_multimodal_config())
-    kwargs = dict(multimodal.mm_processor_kwargs or {})
-    wish, limits = kwargs.pop(FIELD, None), kwargs.pop(LIMITS, None)
-    multimodal.mm_processor_kwargs = kwargs or None
-    model_config.multimodal_config = multimodal
-    try:
-        encoder, unsupported = family.encoder(ctx.model_config.hf_config), ""
-    except UnsupportedCheckpoint as error:
-        encoder, unsupported = None, str(error)
-    info = PruningInfo(family, encoder, unsupported, PruningPlan(of_operator=True))
-    try:
-        if wish is not None:
-            default = info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
-            info = replace(info, default=replace(default, of_operator=True))
-        if limits is not None:
-            info = replace(info, limits=Limits(**limits))
-    except (PlanError, TypeError) as error:
-        # vLLM takes a ValueError here for "has no images" and starts without them.
-        raise RuntimeError(str(error)) from error
-    return InputProcessingContext(model_config, ctx.tokenizer), info
-
-
-class _Item(NamedTuple):
-    """One image of a request as the hooks see it: its budget and its final identity (a digest)."""
 
     budget: ImageBudget
     identity: str
+    sizes: dict[str, int]
 
 
 @dataclass
@@ -139,7 +80,7 @@ def _items_of(kwargs: Mapping[str, object]) -> tuple[_Item, ...]:
     return items
 
 
-class PrunedProcessor(CachedProcessing):
+class PrunedProcessor(SizedProcessing, CachedProcessing):
     """Mixin in front of a vLLM multimodal processor class.
 
     `apply` replaces the raw `hiprune` object (or list of objects, one an image) in the processor
@@ -191,22 +132,25 @@ class PrunedProcessor(CachedProcessing):
             return super().apply(plain, *args, **kwargs)
         plain = identify(plain)
         hashes = {name: list(items) for name, items in self._get_mm_hashes(plain).items()}
-        options, tokens = plain.hf_processor_mm_kwargs, self.pruning.family.tokens
+        # The very objects that the server's own dummy pictures come with: no request has them.
+        given = inputs.hf_processor_mm_kwargs.get(FIELD)
+        measured = given is FULL or given is THIRD
+        sizes = [{} if measured else self.pruning.sizes(plan) for plan in plans]
+        plain = self.fitted(plain, sizes)
         counts = [
-            self._known.count(images, i, identity, partial(tokens, self.info, images, i, options))
-            for i, identity in enumerate(hashes["image"])
+            self._count(plain, i, identity, of_image)
+            for i, (identity, of_image) in enumerate(zip(hashes["image"], sizes, strict=True))
         ]
         try:
-            # The very objects that the server's own dummy pictures come with: no request has them.
-            given = inputs.hf_processor_mm_kwargs.get(FIELD)
-            measured = given is FULL or given is THIRD
             limits = NO_LIMITS if measured else self.pruning.limits
             if not measured:
                 limits.check_images([count.full for count in counts])
+                self.check_sizes(counts, sizes)
             budgets = resolve_all(plans, counts, encoder, limits)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
-        result: Any = super().apply(self._resolved(plain, hashes, budgets), *args, **kwargs)
+        resolved = self._resolved(plain, hashes, budgets, sizes)
+        result: Any = super().apply(resolved, *args, **kwargs)
         self._check(result, budgets)
         result[FIELD] = [
             {
@@ -220,6 +164,15 @@ class PrunedProcessor(CachedProcessing):
             )
         ]
         return result
+
+    def _count(
+        self, plain: ProcessorInputs, index: int, identity: str, sizes: Mapping[str, int]
+    ) -> TokenCount:
+        """Tokens of an image that is scaled as `sizes` say, or was before under this identity."""
+        images = plain.mm_data_items["image"]
+        options = {**plain.hf_processor_mm_kwargs, **of_processor(sizes)}
+        counted = partial(self.pruning.family.tokens, self.info, images, index, options)
+        return self._known.count(images, index, f"{identity} {[*sizes.values()]}", counted)
 
     async def explain(self, engine_client: Any, inputs: Any) -> list[dict[str, Any]]:
         """Which tokens of a prompt's only image stay and why; see `engine.explain`."""
@@ -255,8 +208,9 @@ class PrunedProcessor(CachedProcessing):
         plain: ProcessorInputs,
         hashes: dict[str, list[str]],
         budgets: Sequence[ImageBudget],
+        sizes: Sequence[dict[str, int]],
     ) -> _ResolvedInputs:
-        """Puts the budgets into the options and into every image's identity."""
+        """Puts budgets and sizes into the options and into every image's identity."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         identities = hashes["image"]
         seeds = [0] * len(identities)
@@ -264,8 +218,10 @@ class PrunedProcessor(CachedProcessing):
             seeds = self._known.seeds(plain, identities, algorithm)
         seeded = [with_seed(*pair) for pair in zip(budgets, seeds, strict=True)]
         items = [
-            _Item(budget, with_budget(identity, name, budget, algorithm))
-            for identity, name, budget in zip(identities, names(plain), seeded, strict=True)
+            _Item(budget, with_budget(identity, name, budget, of_image, algorithm), of_image)
+            for identity, name, budget, of_image in zip(
+                identities, names(plain), seeded, sizes, strict=True
+            )
         ]
         return _ResolvedInputs(
             prompt=plain.prompt,
@@ -308,12 +264,15 @@ class PrunedProcessor(CachedProcessing):
         return {**kwargs, FIELD: missing}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        processed = super()._apply_hf_processor_main(
-            mm_items=mm_items, hf_kwargs=_without_plan(hf_kwargs)
-        )
-        if items := _items_of(hf_kwargs):
+        items, plain = _items_of(hf_kwargs), _without_plan(hf_kwargs)
+        sizes = [of_processor(item.sizes) for item in items]
+        if any(sizes):
+            processed = self.scaled(mm_items, plain, sizes)
+        else:
+            processed = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=plain)
+        if items:
             processed[BUDGET_FIELD] = torch.tensor(
-                [pack_item(*item) for item in items], dtype=torch.int64
+                [pack_item(item.budget, item.identity) for item in items], dtype=torch.int64
             )
         return processed
 

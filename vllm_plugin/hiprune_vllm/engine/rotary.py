@@ -9,29 +9,13 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from hiprune_vllm.engine.processing import PrunedProcessor
+from hiprune_vllm.engine.rotary_table import rotary_rows
 from hiprune_vllm.engine.whole import whole_prompt
 from hiprune_vllm.plan import FIELD
 from hiprune_vllm.pruning.budget import ImageBudget
 
-TABLE_FACTOR: Final = 4
-"""vLLM's table has this many times the rows that the text model was made for: videos need them."""
-
 TEXT: Final = -1
 """Stands for a token of text, whichever."""
-
-
-def rotary_rows(hf_config: Any) -> int:
-    """Rows of vLLM's table of rotary embeddings: positions must stay below.
-
-    Args:
-        hf_config: of a checkpoint whose text model has M-RoPE.
-    """
-    text = hf_config.get_text_config()
-    parameters = text.rope_parameters or {}
-    if parameters.get("rope_type") == "yarn":
-        trained = parameters["original_max_position_embeddings"]
-        return int(trained * TABLE_FACTOR * parameters["factor"])
-    return int(text.max_position_embeddings) * TABLE_FACTOR
 
 
 def last_end(prompt: int, media: Iterable[tuple[int, int]], longest: int) -> int:

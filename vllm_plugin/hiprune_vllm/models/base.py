@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import PIL.Image
 import torch
 
 from hiprune_vllm.plan import Encoder, TokenCount
@@ -212,17 +213,21 @@ class Batch(NamedTuple):
     """Images as a family's `forward` takes them.
 
     Attributes:
-        pixels: of all images.
+        pixels: one an image.
         shapes: one an image.
         places: (tokens,) int64, place of every token of the batch in the order that the blocks run
-            in; None where that is the order of the tokens.
+            in; None where that is the order of the tokens. See `FamilyAdapter.laid_out`.
         metadata: what else the tower is called with.
     """
 
-    pixels: Any
+    pixels: Sequence[torch.Tensor]
     shapes: Sequence[Shape]
     places: torch.Tensor | None = None
     metadata: Mapping[str, Any] = {}
+
+    def some(self, images: Sequence[int]) -> "Batch":
+        """These images of it (their numbers in it, in any order), to be laid out."""
+        return Batch([self.pixels[i] for i in images], [self.shapes[i] for i in images])
 
 
 class FamilyAdapter(ABC):
@@ -243,6 +248,17 @@ class FamilyAdapter(ABC):
             UnsupportedCheckpoint: the encoder cannot be pruned.
             TooShallow: it has fewer layers than pruning needs.
         """
+
+    def pixels(self, info: Any) -> tuple[int, int] | None:
+        """Least and most pixels that vLLM's processing `info` scales a picture to.
+
+        None where its size is not free (`Encoder.free_sizes`).
+        """
+        return None
+
+    def fitted(self, hf_config: Any, picture: PIL.Image.Image, tiles: int) -> PIL.Image.Image:
+        """A picture scaled down so far that it is cut into at most `tiles` (`Encoder.tiles`)."""
+        raise NotImplementedError
 
     @abstractmethod
     def tokens(
@@ -301,6 +317,10 @@ class FamilyAdapter(ABC):
     @abstractmethod
     def batch(self, model: Any, **kwargs: object) -> Batch:
         """Images from the model's own multimodal inputs, as vLLM reads them."""
+
+    def laid_out(self, model: Any, batch: Batch) -> Batch:
+        """A batch with all that the tower wants to know of how its images lie in it."""
+        return batch
 
     @abstractmethod
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:

@@ -160,23 +160,23 @@ def check_tower(family: FamilyAdapter, model: Any) -> None:
 def encode(
     family: FamilyAdapter,
     model: Any,
+    batch: Batch,
     images: Sequence[Image],
     sum_over_ranks: SumOverRanks | None,
-    **kwargs: object,
 ) -> list[Encoded]:
     """Encodes a batch of images and projects the kept tokens only.
 
     Args:
         family: of the model.
         model: the vLLM model.
-        images: in the order of the inputs.
+        batch: as the family reads it from the model's inputs.
+        images: in its order.
         sum_over_ranks: adds per-rank scores; None where a rank holds all heads.
-        kwargs: the model's own multimodal inputs of the batch.
 
     Returns:
         One an image, in order.
     """
-    batch, tower = family.batch(model, **kwargs), family.tower(model)
+    batch, tower = family.laid_out(model, batch), family.tower(model)
     output_layer = len(tower.blocks)  # see `check_tower`
     of_images = _pieces(family, model.config, batch, tower, images)
     pieces = [piece for of_image in of_images for piece in of_image]

@@ -1,14 +1,17 @@
 """LLaVA-NeXT: a base tile and a grid of tiles (anyres), each pruned on its own (section 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import PIL.Image
 import torch
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from hiprune_vllm.models.base import Batch, Colour, Grid, Selection, Shape, View, shown
 from hiprune_vllm.models.tiles import TileAdapter, tile_columns
-from hiprune_vllm.plan import TokenCount
+from hiprune_vllm.plan import Encoder, TokenCount
 from hiprune_vllm.pruning.select import Region
 
 
@@ -54,6 +57,29 @@ class LlavaNextAdapter(TileAdapter):
     """`LlavaNextForConditionalGeneration`."""
 
     name = "llava_next"
+
+    def encoder(self, hf_config: Any) -> Encoder:
+        encoder = super().encoder(hf_config)
+        sizes = [self._tiles(hf_config, one) for one in hf_config.image_grid_pinpoints]
+        return replace(encoder, tiles=(min(sizes), max(sizes)))
+
+    def fitted(self, hf_config: Any, picture: PIL.Image.Image, tiles: int) -> PIL.Image.Image:
+        """As large as it is shown in the best grid of so few tiles: there it is cut into these.
+
+        Of all grids that show as much of it the processor takes the one with the least padding.
+        """
+        grids, shape = hf_config.image_grid_pinpoints, (picture.height, picture.width)
+        if self._tiles(hf_config, select_best_resolution(shape, grids)) <= tiles:
+            return picture
+        few = [one for one in grids if self._tiles(hf_config, one) <= tiles]
+        height, width = select_best_resolution(shape, few)
+        scale = min(width / picture.width, height / picture.height)
+        size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
+        return picture.resize(size, PIL.Image.Resampling.BICUBIC)
+
+    def _tiles(self, hf_config: Any, resolution: Sequence[int]) -> int:
+        height, width = resolution
+        return int(height * width) // int(hf_config.vision_config.image_size) ** 2
 
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]

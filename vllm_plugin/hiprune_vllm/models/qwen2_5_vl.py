@@ -19,9 +19,9 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         last_is_full = len(visual.blocks) - 1 in visual.fullatt_block_indexes
         return super().tower(model)._replace(within_images=last_is_full)
 
-    def batch(self, model: Any, **kwargs: object) -> Batch:
+    def laid_out(self, model: Any, batch: Batch) -> Batch:
         """Tokens in the order of the windows."""
-        batch = super().batch(model, **kwargs)
+        batch = super().laid_out(model, batch)
         return batch._replace(places=batch.metadata["reverse_indices"])
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:

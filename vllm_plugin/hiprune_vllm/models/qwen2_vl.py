@@ -1,6 +1,7 @@
 """Qwen2-VL: pictures of any size, 2x2 merge, 3-D rotary positions; what its successors share."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -57,8 +58,18 @@ class Qwen2VLAdapter(FamilyAdapter):
         if object_layer >= depth:
             raise TooShallow(object_layer, depth, depth)
         return Encoder(
-            self.name, depth, object_layer, has_cls=False, careful_ratio=self.careful_ratio
+            self.name,
+            depth,
+            object_layer,
+            has_cls=False,
+            careful_ratio=self.careful_ratio,
+            free_sizes=True,
         )
+
+    def pixels(self, info: Any) -> tuple[int, int]:
+        of_images = info._merge_and_resolve_mm_processor_kwargs({}).get("images_kwargs", {})
+        size = info._get_vision_size(of_images, default_size=info.get_image_processor().size)
+        return int(size["shortest_edge"]), int(size["longest_edge"])
 
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]
@@ -103,12 +114,15 @@ class Qwen2VLAdapter(FamilyAdapter):
     def batch(self, model: Any, **kwargs: object) -> Batch:
         inputs = model._parse_and_validate_image_input(**kwargs)
         grids = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-        metadata = model.visual.prepare_encoder_metadata(grids)
-        return Batch(inputs["pixel_values"], grids, metadata=metadata)
+        return Batch(inputs["pixel_values"].split([prod(grid) for grid in grids]), grids)
+
+    def laid_out(self, model: Any, batch: Batch) -> Batch:
+        metadata = model.visual.prepare_encoder_metadata(batch.shapes)
+        return batch._replace(metadata=metadata)
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         embeddings: torch.Tensor = model.visual(
-            batch.pixels, grid_thw=batch.shapes, encoder_metadata=batch.metadata
+            torch.cat(list(batch.pixels)), grid_thw=batch.shapes, encoder_metadata=batch.metadata
         )
         return embeddings
 

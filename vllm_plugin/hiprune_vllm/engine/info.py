@@ -1,0 +1,114 @@
+"""What the front end knows about pruning: family, encoder, the operator's defaults and limits."""
+
+import copy
+from dataclasses import dataclass, replace
+
+from vllm.multimodal.processing import InputProcessingContext
+
+from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
+from hiprune_vllm.plan import (
+    FIELD,
+    LIMITS,
+    NO_LIMITS,
+    SIZES,
+    Encoder,
+    Limits,
+    PlanError,
+    PruningPlan,
+)
+from hiprune_vllm.reading import parse_plan
+
+
+@dataclass(frozen=True)
+class PruningInfo:
+    """What the front end knows about pruning on this engine.
+
+    Attributes:
+        family: the model family's adapter.
+        encoder: what the checkpoint's encoder allows; None where it cannot be pruned.
+        unsupported: why it cannot, empty otherwise.
+        default: engine-wide plan (`--mm-processor-kwargs '{"hiprune": {...}}'`).
+        limits: the operator's (`--mm-processor-kwargs '{"hiprune_limits": {...}}'`).
+        pixels: least and most that a picture is scaled to if nobody says anything, where its size
+            is free.
+    """
+
+    family: FamilyAdapter
+    encoder: Encoder | None
+    unsupported: str
+    default: PruningPlan
+    limits: Limits = NO_LIMITS
+    pixels: tuple[int, int] | None = None
+
+    def within(self, pixels: tuple[int, int] | None) -> "PruningInfo":
+        """The same for a checkpoint whose pictures have that many pixels.
+
+        Most is what the engine has measured its memory with, so that nobody gets beyond.
+
+        Raises:
+            RuntimeError: the operator limits pixels where sizes are fixed.
+        """
+        if pixels is None:
+            if self.limits.max_pixels != NO_LIMITS.max_pixels:
+                raise RuntimeError(
+                    "limits.max_pixels must be unset for this model, whose pictures are scaled to "
+                    f"fixed sizes, got {self.limits.max_pixels}"
+                )
+            return self
+        most = min(self.limits.max_pixels, pixels[1])
+        return replace(self, limits=replace(self.limits, max_pixels=most), pixels=pixels)
+
+    def sizes(self, plan: PruningPlan) -> dict[str, int]:
+        """What a picture is scaled to; nothing where that is the checkpoint's own."""
+        if plan.max_tiles is not None:
+            return {"max_tiles": plan.max_tiles}
+        if self.pixels is None:
+            return {}
+        least, most = self.pixels
+        most = min(plan.max_pixels or most, self.limits.max_pixels)
+        least = min(plan.min_pixels or least, most)
+        return {} if (least, most) == self.pixels else dict(zip(SIZES, (least, most), strict=True))
+
+    def parse(
+        self, value: object, *, name: str = FIELD, for_one_image: bool = False
+    ) -> PruningPlan:
+        """A request's `hiprune` object for this model. Raises `PlanError`."""
+        if self.encoder is None:
+            raise PlanError(name, f"cannot be served: {self.unsupported}")
+        plan = parse_plan(value, self.encoder, field=name, for_one_image=for_one_image)
+        self.limits.check(plan, name)
+        return plan
+
+
+def split_context(
+    ctx: InputProcessingContext, family: FamilyAdapter
+) -> tuple[InputProcessingContext, PruningInfo]:
+    """Takes the engine-wide plan out of what the Hugging Face processor will see.
+
+    vLLM merges the engine's `mm_processor_kwargs` into every processor call at several places, so
+    the key is removed once from a copy of the configuration that this processor alone reads.
+
+    Raises:
+        RuntimeError: the engine-wide plan is invalid, or the encoder too shallow (at start-up).
+    """
+    model_config = copy.copy(ctx.model_config)
+    multimodal = copy.copy(model_config.get_multimodal_config())
+    kwargs = dict(multimodal.mm_processor_kwargs or {})
+    wish, limits = kwargs.pop(FIELD, None), kwargs.pop(LIMITS, None)
+    multimodal.mm_processor_kwargs = kwargs or None
+    model_config.multimodal_config = multimodal
+    try:
+        encoder, unsupported = family.encoder(ctx.model_config.hf_config), ""
+    except UnsupportedCheckpoint as error:
+        encoder, unsupported = None, str(error)
+    info = PruningInfo(family, encoder, unsupported, PruningPlan(of_operator=True))
+    try:
+        if wish is not None:
+            default = info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
+            info = replace(info, default=replace(default, of_operator=True))
+        if limits is not None:
+            info = replace(info, limits=Limits(**limits))
+    except (PlanError, TypeError) as error:
+        # vLLM takes a ValueError here for "has no images" and starts without them.
+        raise RuntimeError(str(error)) from error
+    return InputProcessingContext(model_config, ctx.tokenizer), info

@@ -1,0 +1,85 @@
+"""Pictures that a request wants scaled before they are encoded, each in its own way."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import PIL.Image
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+
+from hiprune_vllm.plan import FIELD, SIZES, PlanError, TokenCount
+
+
+def of_processor(sizes: Mapping[str, int]) -> dict[str, object]:
+    """Those sizes that the checkpoint's processor has an option for.
+
+    It is not given by their names: vLLM would make and keep a processor for each number of pixels.
+    """
+    if SIZES[0] not in sizes:
+        return {}
+    least, most = (sizes[name] for name in SIZES)
+    return {"size": {"shortest_edge": least, "longest_edge": most}}
+
+
+class SizedProcessing(BaseMultiModalProcessor):
+    """Mixin: vLLM's processing with sizes (`PruningInfo.sizes`) of each picture's own."""
+
+    pruning: Any
+
+    def fitted(self, plain: ProcessorInputs, sizes: Sequence[Mapping[str, int]]) -> ProcessorInputs:
+        """The inputs with pictures scaled down to as many tiles as they may have."""
+        if not any("max_tiles" in of_image for of_image in sizes):
+            return plain
+        images, config = plain.mm_data_items["image"], self.info.get_hf_config()
+        fitted = []
+        for image, of_image in zip(images, sizes, strict=True):
+            tiles = of_image.get("max_tiles")
+            if tiles is not None and image is not None:
+                if not isinstance(image, PIL.Image.Image):
+                    raise VLLMValidationError(
+                        f"{FIELD}.max_tiles must be left out with pictures that are not Pillow's, "
+                        f"got {type(image).__name__}",
+                        parameter=f"{FIELD}.max_tiles",
+                    )
+                image = self.pruning.family.fitted(config, image, tiles)  # noqa: PLW2901
+            fitted.append(image)
+        items = type(plain.mm_data_items)({**plain.mm_data_items, "image": type(images)(fitted)})
+        return replace(plain, mm_data_items=items)
+
+    def check_sizes(self, counts: Sequence[TokenCount], sizes: Sequence[Mapping[str, int]]) -> None:
+        """Refuses an image that rounding up has made larger than any that memory was measured with.
+
+        Raises:
+            PlanError: naming `min_pixels`, which alone rounds up.
+        """
+        if not any(map(of_processor, sizes)):
+            return
+        largest = self.info.get_max_image_tokens()
+        for count, of_image in zip(counts, sizes, strict=True):
+            if "min_pixels" in of_image and count.full > largest:
+                raise PlanError(
+                    f"{FIELD}.min_pixels",
+                    f"must be less: {of_image['min_pixels']} pixels come to {count.full} tokens "
+                    f"of a picture of this shape, of {largest} that one may have",
+                )
+
+    def scaled(
+        self, mm_items: Any, options: Mapping[str, object], sizes: Sequence[Mapping[str, object]]
+    ) -> Any:
+        """vLLM's own, with options of each image's own: alike neighbours together."""
+        images = mm_items["image"]
+        others = {kind: items for kind, items in mm_items.items() if kind != "image"}
+        process, found = super()._apply_hf_processor_main, []
+        for of_images, numbers in groupby(range(len(images)), key=lambda i: sizes[i]):
+            some = self.info.parse_mm_data({"image": [images[i] for i in numbers]}, validate=False)
+            found.append(process(mm_items=some, hf_kwargs={**options, **of_images}))
+        processed = found[0]
+        for name, of_field in self._get_mm_fields_config(processed, options).items():
+            if of_field.modality == "image" and name in processed:
+                processed[name] = torch.cat([one[name] for one in found])
+        if others:
+            processed.update(process(mm_items=type(mm_items)(others), hf_kwargs=options))
+        return processed
