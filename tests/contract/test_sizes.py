@@ -174,6 +174,23 @@ def test_the_operator_limits_pictures_of_which_nobody_says_anything(folder):
     torch.testing.assert_close(item["pixel_values"], pixels, rtol=0, atol=0)
 
 
+def test_a_requests_sizes_go_before_the_engines_options(folder):
+    engine_wide = a_processor(folder, mm_processor_kwargs={"max_pixels": 60_000})
+    assert engine_wide.pruning.limits.max_pixels == engine_wide.pruning.pixels[1] == 60_000
+    for plan, sizes in (
+        ({}, {"max_pixels": 60_000}),
+        ({"max_pixels": 15_000}, {"max_pixels": 15_000}),
+        ({"min_pixels": 30_000}, {"min_pixels": 30_000, "max_pixels": 60_000}),
+    ):
+        for name in ("photo", "tiny"):
+            result, (item,) = asked(engine_wide, [PICTURES[name]], plan)
+            pixels, grid = by_hugging_face(folder, PICTURES[name], sizes)
+            torch.testing.assert_close(item["pixel_values"], pixels, rtol=0, atol=0)
+            assert result["hiprune"][0]["tokens_full"] == int(grid.prod()) // 4
+    with pytest.raises(VLLMValidationError, match="at most 60000"):
+        asked(engine_wide, [PICTURES["photo"]], {"max_pixels": 60_001})
+
+
 def test_families_of_fixed_sizes_refuse_both_knobs(tmp_path):
     random_llava.build(tmp_path)
     processor = a_processor(tmp_path)

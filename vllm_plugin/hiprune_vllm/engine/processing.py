@@ -28,7 +28,7 @@ from hiprune_vllm.engine.identity import (
 )
 from hiprune_vllm.engine.info import PruningInfo
 from hiprune_vllm.engine.scheduling import with_size
-from hiprune_vllm.engine.sizes import SizedProcessing, of_processor
+from hiprune_vllm.engine.sizes import SizedProcessing, of_processor, with_sizes
 from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import FamilyAdapter
 from hiprune_vllm.plan import (
@@ -170,8 +170,10 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
     ) -> TokenCount:
         """Tokens of an image that is scaled as `sizes` say, or was before under this identity."""
         images = plain.mm_data_items["image"]
-        options = {**plain.hf_processor_mm_kwargs, **of_processor(sizes)}
-        counted = partial(self.pruning.family.tokens, self.info, images, index, options)
+        own = of_processor(sizes)
+        options = with_sizes(plain.hf_processor_mm_kwargs, own)
+        info = self.unsized.info if own else self.info
+        counted = partial(self.pruning.family.tokens, info, images, index, options)
         return self._known.count(images, index, f"{identity} {[*sizes.values()]}", counted)
 
     async def explain(self, engine_client: Any, inputs: Any) -> list[dict[str, Any]]:

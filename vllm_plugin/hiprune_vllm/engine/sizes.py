@@ -1,14 +1,20 @@
 """Pictures that a request wants scaled before they are encoded, each in its own way."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 import PIL.Image
 import torch
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    InputProcessingContext,
+    ProcessorInputs,
+)
 
 from hiprune_vllm.plan import FIELD, SIZES, PlanError, TokenCount
 
@@ -24,10 +30,37 @@ def of_processor(sizes: Mapping[str, int]) -> dict[str, object]:
     return {"size": {"shortest_edge": least, "longest_edge": most}}
 
 
+def with_sizes(
+    options: Mapping[str, object], of_image: Mapping[str, object]
+) -> Mapping[str, object]:
+    """A request's options for the checkpoint's processor, an image's own sizes going before."""
+    if not of_image:
+        return options
+    return {name: value for name, value in options.items() if name not in SIZES} | {**of_image}
+
+
 class SizedProcessing(BaseMultiModalProcessor):
     """Mixin: vLLM's processing with sizes (`PruningInfo.sizes`) of each picture's own."""
 
     pruning: Any
+
+    @cached_property
+    def unsized(self) -> Any:
+        """The same without the engine's own pixels, which vLLM would prefer to a picture's size."""
+        ctx = self.info.ctx
+        model_config = copy.copy(ctx.model_config)
+        multimodal = copy.copy(model_config.get_multimodal_config())
+        kept = {
+            name: value
+            for name, value in (multimodal.mm_processor_kwargs or {}).items()
+            if name not in SIZES
+        }
+        multimodal.mm_processor_kwargs = kept or None
+        model_config.multimodal_config = multimodal
+        other = copy.copy(self)
+        other.info = copy.copy(self.info)
+        other.info.ctx = InputProcessingContext(model_config, ctx.tokenizer)
+        return other
 
     def fitted(self, plain: ProcessorInputs, sizes: Sequence[Mapping[str, int]]) -> ProcessorInputs:
         """The inputs with pictures scaled down to as many tiles as they may have."""
@@ -72,14 +105,17 @@ class SizedProcessing(BaseMultiModalProcessor):
         """vLLM's own, with options of each image's own: alike neighbours together."""
         images = mm_items["image"]
         others = {kind: items for kind, items in mm_items.items() if kind != "image"}
-        process, found = super()._apply_hf_processor_main, []
+        found = []
         for of_images, numbers in groupby(range(len(images)), key=lambda i: sizes[i]):
             some = self.info.parse_mm_data({"image": [images[i] for i in numbers]}, validate=False)
-            found.append(process(mm_items=some, hf_kwargs={**options, **of_images}))
+            of_vllm: Any = super(SizedProcessing, self.unsized if of_images else self)
+            asked = with_sizes(options, of_images)
+            found.append(of_vllm._apply_hf_processor_main(mm_items=some, hf_kwargs=asked))
         processed = found[0]
         for name, of_field in self._get_mm_fields_config(processed, options).items():
             if of_field.modality == "image" and name in processed:
                 processed[name] = torch.cat([one[name] for one in found])
         if others:
-            processed.update(process(mm_items=type(mm_items)(others), hf_kwargs=options))
+            others = type(mm_items)(others)
+            processed.update(super()._apply_hf_processor_main(mm_items=others, hf_kwargs=options))
         return processed
