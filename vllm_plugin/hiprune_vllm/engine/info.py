@@ -1,6 +1,7 @@
 """What the front end knows about pruning: family, encoder, the operator's defaults and limits."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from vllm.multimodal.processing import InputProcessingContext
@@ -80,23 +81,31 @@ class PruningInfo:
         return plan
 
 
+def without_options(ctx: InputProcessingContext, names: Collection[str]) -> InputProcessingContext:
+    """The context without some of the engine-wide options, for one processor alone.
+
+    vLLM merges the engine's `mm_processor_kwargs` into every processor call at several places, so
+    they are left out once, in a copy of the configuration.
+    """
+    model_config = copy.copy(ctx.model_config)
+    multimodal = copy.copy(model_config.get_multimodal_config())
+    given = multimodal.mm_processor_kwargs or {}
+    kept = {name: value for name, value in given.items() if name not in names}
+    multimodal.mm_processor_kwargs = kept or None
+    model_config.multimodal_config = multimodal
+    return InputProcessingContext(model_config, ctx.tokenizer)
+
+
 def split_context(
     ctx: InputProcessingContext, family: FamilyAdapter
 ) -> tuple[InputProcessingContext, PruningInfo]:
     """Takes the engine-wide plan out of what the Hugging Face processor will see.
 
-    vLLM merges the engine's `mm_processor_kwargs` into every processor call at several places, so
-    the key is removed once from a copy of the configuration that this processor alone reads.
-
     Raises:
         RuntimeError: the engine-wide plan is invalid, or the encoder too shallow (at start-up).
     """
-    model_config = copy.copy(ctx.model_config)
-    multimodal = copy.copy(model_config.get_multimodal_config())
-    kwargs = dict(multimodal.mm_processor_kwargs or {})
-    wish, limits = kwargs.pop(FIELD, None), kwargs.pop(LIMITS, None)
-    multimodal.mm_processor_kwargs = kwargs or None
-    model_config.multimodal_config = multimodal
+    given = ctx.model_config.get_multimodal_config().mm_processor_kwargs or {}
+    wish, limits = given.get(FIELD), given.get(LIMITS)
     try:
         encoder, unsupported = family.encoder(ctx.model_config.hf_config), ""
     except UnsupportedCheckpoint as error:
@@ -111,4 +120,4 @@ def split_context(
     except (PlanError, TypeError) as error:
         # vLLM takes a ValueError here for "has no images" and starts without them.
         raise RuntimeError(str(error)) from error
-    return InputProcessingContext(model_config, ctx.tokenizer), info
+    return without_options(ctx, (FIELD, LIMITS)), info

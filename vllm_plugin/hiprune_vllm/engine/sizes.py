@@ -10,12 +10,9 @@ from typing import Any
 import PIL.Image
 import torch
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.processing import (
-    BaseMultiModalProcessor,
-    InputProcessingContext,
-    ProcessorInputs,
-)
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
+from hiprune_vllm.engine.info import without_options
 from hiprune_vllm.plan import FIELD, SIZES, PlanError, TokenCount
 
 
@@ -47,19 +44,9 @@ class SizedProcessing(BaseMultiModalProcessor):
     @cached_property
     def unsized(self) -> Any:
         """The same without the engine's own pixels, which vLLM would prefer to a picture's size."""
-        ctx = self.info.ctx
-        model_config = copy.copy(ctx.model_config)
-        multimodal = copy.copy(model_config.get_multimodal_config())
-        kept = {
-            name: value
-            for name, value in (multimodal.mm_processor_kwargs or {}).items()
-            if name not in SIZES
-        }
-        multimodal.mm_processor_kwargs = kept or None
-        model_config.multimodal_config = multimodal
         other = copy.copy(self)
         other.info = copy.copy(self.info)
-        other.info.ctx = InputProcessingContext(model_config, ctx.tokenizer)
+        other.info.ctx = without_options(self.info.ctx, SIZES)
         return other
 
     def fitted(self, plain: ProcessorInputs, sizes: Sequence[Mapping[str, int]]) -> ProcessorInputs:
