@@ -228,6 +228,7 @@ async def describe(raw_request: Request) -> dict[str, Any]:
         answer["careful_ratio"] = encoder.careful_ratio
     return answer | {
         "family": encoder.family,
+        "about": pruning.family.about.to_dict(),
         "encoder": {"output_layer": encoder.output_layer, "has_cls": encoder.has_cls},
         "default": default.to_dict(),
         "presets": {

@@ -1,9 +1,11 @@
 """The check of the documents finds what it is for."""
 
 import re
+from pkgutil import resolve_name
 
 import pytest
 
+from hiprune_vllm.engine.registration import CLASSES
 from tests import docs
 
 
@@ -54,3 +56,16 @@ def test_marks_are_spelled_right():
         text = path.read_text()
         marks = re.findall(r"^<!-- docs-check: \w+ -->$", text, re.MULTILINE)
         assert len(marks) == len(docs._MARKED.findall(text)), path.name
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_the_page_of_families_says_what_the_server_says(architecture):
+    page = (docs.ROOT / "docs/families.md").read_text()
+    about = resolve_name(f"hiprune_vllm.models.{CLASSES[architecture][1]}").about
+    for line in (
+        f"* token: {about.token}",
+        f"* default object layer: {about.layer}",
+        f"* dropped besides tokens: {about.dropped or 'nothing'}",
+        f"* published: {about.published or 'nothing that we know of'}",
+    ):
+        assert f"\n{line}" in page

@@ -66,6 +66,31 @@ class Encoder:
     tiles: tuple[int, int] | None = None
 
 
+class About(NamedTuple):
+    """What somebody who chooses a budget should know of a family; docs/families.md says it, too.
+
+    Attributes:
+        token: what one visual token is.
+        layer: the default object layer, and why.
+        dropped: what goes besides visual tokens where a picture is pruned; empty for nothing.
+        published: what is published about pruning this encoder, and by whom; empty for nothing.
+    """
+
+    token: str
+    layer: str
+    dropped: str = ""
+    published: str = ""
+
+    @property
+    def advice(self) -> str:
+        """How to find a budget; no family is offered with one."""
+        first = "" if self.published else "Nothing is published: compare with `random` first. "
+        return f"{first}Measure on your own questions with `random` beside it: loadtests/quality"
+
+    def to_dict(self) -> dict[str, str]:
+        return {**self._asdict(), "advice": self.advice}
+
+
 class TokenCount(NamedTuple):
     """Visual tokens of one image.
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import PIL.Image
 import torch
 
-from hiprune_vllm.plan import Encoder, TokenCount
+from hiprune_vllm.plan import About, Encoder, TokenCount
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.select import Region
 
@@ -234,10 +234,12 @@ class FamilyAdapter(ABC):
     """What is a model family's own. All methods are stateless.
 
     Attributes:
+        about: for people, in `GET /v1/hiprune` and docs/families.md.
         mrope: whether tokens have 3-D rotary positions in the language model (M-RoPE), so that the
             kept ones bring theirs along (section 4).
     """
 
+    about: ClassVar[About]
     mrope: ClassVar[bool] = False
 
     @abstractmethod

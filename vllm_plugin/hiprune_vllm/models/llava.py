@@ -8,8 +8,8 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 from hiprune_vllm.models.base import Batch, Colour, Grid, Shape, View, shown
-from hiprune_vllm.models.tiles import TileAdapter, tile_columns
-from hiprune_vllm.plan import TokenCount
+from hiprune_vllm.models.tiles import OF_THE_PAPER, TileAdapter, tile_columns
+from hiprune_vllm.plan import About, TokenCount
 
 
 def check_scaled(image_processor: Any, size: Any) -> None:
@@ -37,6 +37,12 @@ class LlavaAdapter(TileAdapter):
     """`LlavaForConditionalGeneration`."""
 
     name = "llava"
+    about = About(
+        token="a patch of 14 x 14 pixels of the picture scaled to one tile; 576 a picture at 336",
+        layer=OF_THE_PAPER,
+        published="HiPrune's paper (7B, average over its benchmarks): 99.3, 97.5 and 92.7 % of the "
+        "accuracy at 192, 128 and 64 tokens; EADP (ECCV 2026) counts 95.8 and 89.6 % at 128 and 64",
+    )
 
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]

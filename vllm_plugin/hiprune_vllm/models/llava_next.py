@@ -10,8 +10,8 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from hiprune_vllm.models.base import Batch, Colour, Grid, Selection, Shape, View, shown
-from hiprune_vllm.models.tiles import TileAdapter, tile_columns
-from hiprune_vllm.plan import Encoder, TokenCount
+from hiprune_vllm.models.tiles import OF_THE_PAPER, TileAdapter, tile_columns
+from hiprune_vllm.plan import About, Encoder, TokenCount
 from hiprune_vllm.pruning.select import Region
 
 
@@ -57,6 +57,14 @@ class LlavaNextAdapter(TileAdapter):
     """`LlavaNextForConditionalGeneration`."""
 
     name = "llava_next"
+    about = About(
+        token="a patch of 14 x 14 pixels, of the whole picture in one tile or of a tile of it; up "
+        "to 2,880 a picture at 336",
+        layer=OF_THE_PAPER,
+        dropped="the newlines behind rows; padding is never kept",
+        published="HiPrune's paper (7B, five benchmarks): 102.6, 99.5 and 92.5 % of the accuracy "
+        "at 640, 320 and 160 tokens",
+    )
 
     def encoder(self, hf_config: Any) -> Encoder:
         encoder = super().encoder(hf_config)

@@ -6,13 +6,21 @@ from typing import Any
 import torch
 
 from hiprune_vllm.models.base import Batch, Part, Tower
-from hiprune_vllm.models.qwen2_vl import Qwen2VLAdapter
+from hiprune_vllm.models.qwen2_vl import OF_MERGING, Qwen2VLAdapter
+from hiprune_vllm.plan import About
 
 
 class Qwen25VLAdapter(Qwen2VLAdapter):
     """`Qwen2_5_VLForConditionalGeneration`; videos stay as they are."""
 
     name = "qwen2_5_vl"
+    about = About(
+        token="2 x 2 patches, 28 x 28 pixels of the scaled picture",
+        layer=OF_MERGING,
+        published="HiPrune's paper (3B, five benchmarks): 98.6, 97.1 and 92.8 % of the accuracy at "
+        "33, 22 and 11 %; text suffers first (7B, TextVQA: 83.1 falls to 78.5, 74.1 and 62.6). "
+        "IDPruner's tables count 87.8 and 72.2 % at 25 and 10 % (7B)",
+    )
 
     def tower(self, model: Any) -> Tower:
         visual = model.visual

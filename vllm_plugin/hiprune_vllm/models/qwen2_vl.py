@@ -19,8 +19,11 @@ from hiprune_vllm.models.base import (
     View,
     shown,
 )
-from hiprune_vllm.plan import Encoder, TokenCount
+from hiprune_vllm.plan import About, Encoder, TokenCount
 from hiprune_vllm.pruning.scores import default_object_layer
+
+OF_MERGING = "half the depth: a default, not a finding"
+"""Default object layer of towers whose patches are merged."""
 
 LONGEST = 200
 """Times that a picture's longer side may be its shorter one, in the checkpoint's processor."""
@@ -49,6 +52,7 @@ class Qwen2VLAdapter(FamilyAdapter):
     """
 
     mrope = True
+    about = About(token="2 x 2 patches, 28 x 28 pixels of the scaled picture", layer=OF_MERGING)
     name: ClassVar[str] = "qwen2_vl"
     careful_ratio: ClassVar[float | None] = None
 

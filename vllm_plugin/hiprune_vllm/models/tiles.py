@@ -19,6 +19,9 @@ from hiprune_vllm.pruning.scores import default_object_layer
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 """Supported `vision_config.model_type` -> whether it has a CLS token."""
 
+OF_THE_PAPER = "9 of CLIP-L's 24, the paper's; the same relative depth of other towers"
+"""Default object layer of towers that do not merge patches."""
+
 
 def tile_columns(hf_config: Any) -> int:
     """p: tokens in a row (and rows) of one tile."""
