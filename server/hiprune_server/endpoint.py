@@ -41,6 +41,7 @@ from hiprune_server.requests import (
     stop_at_first_errors,
 )
 from hiprune_vllm import __version__
+from hiprune_vllm.models.unserved import why_unserved
 from hiprune_vllm.plan import FULL, NO_LIMITS, Encoder, PlanError, PruningPlan, complete
 from hiprune_vllm.reading import parse_plan, schema
 
@@ -121,8 +122,7 @@ class HiPruneEndpointPlugin:
         processor = engine_client.renderer.mm_processor
         info = getattr(processor, "info", None)
         config = load({}, os.environ)
-        architectures = list(engine_client.model_config.hf_config.architectures or ["this model"])
-        reason = f"hiprune does not support {', '.join(architectures)}"
+        reason = why_unserved(engine_client.model_config.hf_config.architectures or ())
         if config[DISABLE]:
             reason = f"pruning is switched off ({config.values[DISABLE].source})"
         state.hiprune = getattr(info, "pruning", None) or NoPruning(reason)

@@ -12,6 +12,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models import config as model_configs
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -25,7 +26,9 @@ from hiprune_vllm.engine.compat import (
     check_engine,
     keep_adapters_to_their_requests,
 )
+from hiprune_vllm.engine.registration import CLASSES
 from hiprune_vllm.engine.scheduling import WholeImageBudget
+from hiprune_vllm.models.unserved import UNSERVED
 
 
 def parameters(function):
@@ -133,3 +136,10 @@ def test_rows_without_an_adapter_would_get_the_last_one_and_now_get_none(monkeyp
     keep_adapters_to_their_requests()
     keep_adapters_to_their_requests()
     assert [added(*call) for call in calls] == [[4, 0, 40]] * 6
+
+
+def test_what_is_named_as_unserved_is_a_model_of_vllms_and_has_no_adapter():
+    known = set(ModelRegistry.get_supported_archs())
+    assert set(UNSERVED) <= known
+    assert set(CLASSES) <= known
+    assert not set(UNSERVED) & set(CLASSES)

@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 import pytest
 
 from hiprune_vllm.engine.registration import CLASSES
+from hiprune_vllm.models.unserved import UNSERVED
 from tests import docs
 
 
@@ -69,3 +70,8 @@ def test_the_page_of_families_says_what_the_server_says(architecture):
         f"* published: {about.published or 'nothing that we know of'}",
     ):
         assert f"\n{line}" in page
+
+
+def test_the_page_of_families_names_all_that_are_not_admitted():
+    _, _, section = (docs.ROOT / "docs/families.md").read_text().partition("## Not admitted")
+    assert set(re.findall(r"`([A-Z]\w+)`", section)) == set(UNSERVED)

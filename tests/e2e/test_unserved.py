@@ -1,0 +1,50 @@
+"""A family that cannot be pruned is served whole, and says why a budget is refused."""
+
+import httpx
+import pytest
+from openai import BadRequestError
+
+from hiprune_vllm.models.unserved import UNSERVED
+from tests.e2e.serving import content, running, serve
+from tests.photos import data_url, photo
+from tests.reference.blip2 import QUERIES, build_blip2
+
+CAT = photo("chelsea")
+REASON = UNSERVED["Blip2ForConditionalGeneration"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip2")
+    build_blip2(folder)
+    # The operator's default is for models that can be pruned.
+    with running(serve(folder, "--hiprune-default", '{"tokens": 8}'), folder) as one:
+        yield one
+
+
+def test_get_hiprune_says_why(server):
+    told = httpx.get(f"{server.url}/v1/hiprune").json()
+    assert told["supported"] is False
+    assert told["reason"] == f"hiprune does not support Blip2ForConditionalGeneration: {REASON}"
+
+
+def test_pictures_are_served_whole(server):
+    usage = server.ask([CAT]).usage
+    assert usage.prompt_tokens_details.image_tokens == QUERIES
+    assert usage.prompt_tokens > QUERIES
+
+
+def test_a_budget_is_a_400_that_says_why(server):
+    with pytest.raises(BadRequestError) as refused:
+        server.ask([CAT], extra_body={"hiprune": {"tokens": 8}})
+    assert refused.value.param == "hiprune"
+    assert REASON in refused.value.body["message"]
+    part = content([CAT])[1] | {"hiprune": {"tokens": 8}}
+    body = {"model": server.model, "messages": [{"role": "user", "content": [part]}]}
+    told = server.post("/v1/chat/completions", body)
+    assert told.status_code == 400
+    assert told.json()["error"]["param"] == "messages[0].content[0].hiprune"
+    told = server.post("/v1/hiprune/explain", {"image_url": data_url(CAT)})
+    assert told.status_code == 400
+    assert REASON in told.json()["error"]["message"]
+    assert server.ask([CAT]).usage.prompt_tokens > QUERIES
