@@ -235,3 +235,23 @@ def test_a_server_with_two_engines_answers_as_the_oracle_and_counts_what_both_do
         assert sum(done) == len(CASES)
         assert min(done) > 0
         assert server.total("hiprune_selection_seconds_count") > 0
+
+
+@pytest.mark.long
+@needs_two_cores
+@needs_two_gpus_or_none
+def test_a_server_whose_ranks_share_pictures_explains_what_it_keeps(tmp_path):
+    from tests.reference.qwen import QwenOracle
+
+    checkpoints.build_qwen2_5_vl(tmp_path)
+    ranks = ("--tensor-parallel-size", "2", "--mm-encoder-tp-mode", "data")
+    command = serve(tmp_path, *EXACT, *ranks)
+    oracle = QwenOracle(tmp_path)
+    with running(command, tmp_path, environment=A_CORE_EACH) as server:
+        with ThreadPoolExecutor(4) as pool:
+            cases = [(name, budget) for name in PHOTOS for budget in (1, 17, 60)]
+            answers = [pool.submit(ask, server, case) for case in cases]
+            explanations = [pool.submit(explain, server, case) for case in cases]
+        for (name, budget), answer, explained in zip(cases, answers, explanations, strict=True):
+            assert explained.result() == oracle.keep(photo(name), tokens=budget)
+            assert answer.result()[0] == budget
