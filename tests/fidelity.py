@@ -37,6 +37,9 @@ NAMES = {
     "qwen3_vl_moe": "Qwen3-VL, experts",
     "qwen3_5": "Qwen3.5",
     "qwen3_5_moe": "Qwen3.5, experts",
+    "glm4v": "GLM-4.1V",
+    "glm46v": "GLM-4.6V",
+    "glm4v_moe": "GLM-4.5V, experts",
 }
 BUDGETS = {"llava": (192, 128, 64), "llava_next": (640, 320, 160)}
 """Tokens; of the other families a third, two ninths and a ninth."""

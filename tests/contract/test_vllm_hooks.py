@@ -18,6 +18,7 @@ from vllm.config import CompilationConfig, LoRAConfig, MultiModalConfig, Specula
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models import (
     clip,
+    glm4_1v,
     llava,
     llava_next,
     qwen2_5_vl,
@@ -143,6 +144,8 @@ def test_towers_call_their_attention_as_a_module(module):
 
 
 BLOCKS = {
+    glm4_1v.Glm4vVisionBlock: "778700238d4f58db",
+    glm4_1v.Glm4vVisionAttention: "cbdda349894f183f",
     clip.CLIPEncoderLayer: "5c51e80a3949f785",
     clip.CLIPAttention: "1d8c8fa46c84c580",
     siglip.SiglipEncoderLayer: "528ea75a92f1bf0d",

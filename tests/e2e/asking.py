@@ -50,8 +50,9 @@ def ask_videos(family: Family, plan: Any) -> list[dict[str, Any]]:
     """A video alone, and one behind an image with `plan`."""
     name = next(iter(family.pictures))
     asked = ask(family, [name], plan, after=f" and {family.video} Why?")
-    asked["multi_modal_data"]["video"] = [frames()]
-    alone = {"video": [frames()]}
+    clip, known = frames()
+    alone = {"video": [(clip, {**known, **family.metadata})]}
+    asked["multi_modal_data"] |= alone
     return [{"prompt": f"A {family.video} Why?", "multi_modal_data": alone}, asked]
 
 
@@ -69,7 +70,7 @@ def run_videos(llm: Any, family: Family) -> dict[str, Any]:
         (pruned,) = generate(llm, ask_videos(family, {"tokens": 10})[1:])
     del worker_model(llm).recompute_mrope_positions
     start_of_image = prompt(family, 1).index(family.image)
-    before = prompt(family, 1)[:start_of_image] + family.image.split("<|image_pad|>")[0]
+    before = prompt(family, 1)[:start_of_image] + family.image.split(family.pad)[0]
     return {
         "whole": whole,
         "pruned": pruned,

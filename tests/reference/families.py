@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.photos import photo
-from tests.reference import checkpoints, random_llava
+from tests.reference import checkpoints, glm, random_llava
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
 from tests.reference.qwen import QwenOracle
@@ -112,6 +112,8 @@ class Family:
         image: what stands for an image in a prompt.
         pictures: one for every kind of grid, four or more; the first is pruned in many ways.
         video: what stands for a video in a prompt; empty where there are none.
+        pad: what of `image` becomes its tokens.
+        metadata: what its processor wants to know of a video besides.
         options: of its engine.
         prepared: around the start of its engine, in the engine's process.
         within: of log-probabilities, how far they may be from the oracle's; None where nothing is
@@ -124,6 +126,8 @@ class Family:
     image: str
     pictures: Pictures
     video: str = ""
+    pad: str = "<|image_pad|>"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     prepared: Callable[[], AbstractContextManager[Any]] = nullcontext
     within: float | None = 1e-3
@@ -189,6 +193,19 @@ def _qwen(name: str, **own: Any) -> Family:
 # compared as closely as that allows. With experts, rounding sends tokens to others.
 _BF16: Final = {"options": {"dtype": "bfloat16"}, "prepared": _tower_in_fp32}
 
+
+def _glm(**own: Any) -> Family:
+    return Family(
+        partial(glm.build, **own),
+        lambda path: Oracle(glm.GlmOracle(path)),
+        glm.PICTURE,
+        {name: of for name, of in SHAPES.items() if name != "huge"},
+        "<|begin_of_video|><|video|><|end_of_video|>",
+        pad="<|image|>",
+        metadata={"duration": 4.0, "do_sample_frames": False},
+    )
+
+
 FAMILIES: Final = {
     "llava": Family(
         random_llava.build, lambda path: OracleOfTiles(LlavaOracle(path)), "<image>", _TILES
@@ -205,5 +222,8 @@ FAMILIES: Final = {
     "qwen3_vl": _qwen("qwen3_vl"),
     "qwen3_vl_moe": _qwen("qwen3_vl_moe"),
     "qwen3_5": _qwen("qwen3_5", within=0.6, exact=False, **_BF16),
+    "glm4v": _glm(),
+    "glm46v": _glm(newer=True),
+    "glm4v_moe": _glm(experts=True),
     "qwen3_5_moe": _qwen("qwen3_5_moe", within=None, exact=False, **_BF16),
 }

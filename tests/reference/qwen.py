@@ -45,6 +45,8 @@ class Prompt(NamedTuple):
 
 
 class QwenOracle:
+    pad = "<|image_pad|>"  # what a prompt has for an image
+
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="eager"
@@ -130,10 +132,9 @@ class QwenOracle:
     def prompt(
         self, text: str, images: Sequence[Image.Image], kept: Sequence[Sequence[int]]
     ) -> Prompt:
-        """A prompt; `text` has one `<|image_pad|>` an image."""
+        """A prompt; `text` has one `pad` an image."""
         tokenizer, config = self.processor.tokenizer, self.model.config
-        pad = "<|image_pad|>"
-        pieces = text.split(pad)
+        pieces = text.split(self.pad)
         ids, use = [], []
         features: list[list[torch.Tensor]] = []
         for i, piece in enumerate(pieces):

@@ -7,6 +7,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.exceptions import VLLMValidationError
 
 from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint
+from hiprune_vllm.models.glm4v import Glm4vAdapter
 from hiprune_vllm.models.llava import LlavaAdapter
 from hiprune_vllm.models.llava_next import LlavaNextAdapter, picture_region, tile_regions
 from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
@@ -49,6 +50,12 @@ def test_qwens_object_layer_is_half_its_depth():
         assert adapter.encoder(vision) == Encoder(
             name, 27, 13, has_cls=False, careful_ratio=0.5, free_sizes=True
         )
+
+
+def test_glms_object_layer_is_half_its_depth():
+    vision = SimpleNamespace(vision_config=SimpleNamespace(depth=24, spatial_merge_size=2))
+    assert Glm4vAdapter().encoder(vision) == Encoder("glm4v", 24, 12, False, free_sizes=True)
+    assert Glm4vAdapter().grids(vision, (1, 8, 12)) == [(4, 6, None)]
 
 
 def test_a_token_of_qwen3_vl_has_the_columns_of_earlier_blocks_behind_its_own():

@@ -170,7 +170,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
     ) -> TokenCount:
         """Tokens of an image that is scaled as `sizes` say, or was before under this identity."""
         images = plain.mm_data_items["image"]
-        own = of_processor(sizes)
+        own = of_processor(sizes, self.pruning.family.frames)
         options = with_sizes(plain.hf_processor_mm_kwargs, own)
         info = self.unsized.info if own else self.info
         counted = partial(self.pruning.family.tokens, info, images, index, options)
@@ -267,7 +267,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         items, plain = _items_of(hf_kwargs), _without_plan(hf_kwargs)
-        sizes = [of_processor(item.sizes) for item in items]
+        sizes = [of_processor(item.sizes, self.pruning.family.frames) for item in items]
         if any(sizes):
             processed = self.scaled(mm_items, plain, sizes)
         else:

@@ -6,6 +6,8 @@ from hiprune_vllm.engine.releases import is_served
 from hiprune_vllm.engine.secret import share
 
 CLASSES: Final = {
+    "Glm4vForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
+    "Glm4vMoeForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
     "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),

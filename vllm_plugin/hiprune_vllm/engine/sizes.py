@@ -16,14 +16,18 @@ from hiprune_vllm.engine.info import without_options
 from hiprune_vllm.plan import FIELD, SIZES, PlanError, TokenCount
 
 
-def of_processor(sizes: Mapping[str, int]) -> dict[str, object]:
+def of_processor(sizes: Mapping[str, int], frames: int) -> dict[str, object]:
     """Those sizes that the checkpoint's processor has an option for.
 
     It is not given by their names: vLLM would make and keep a processor for each number of pixels.
+
+    Args:
+        sizes: of a picture.
+        frames: that it counts the pixels of (`FamilyAdapter.frames`).
     """
     if SIZES[0] not in sizes:
         return {}
-    least, most = (sizes[name] for name in SIZES)
+    least, most = (sizes[name] * frames for name in SIZES)
     return {"size": {"shortest_edge": least, "longest_edge": most}}
 
 
@@ -75,7 +79,7 @@ class SizedProcessing(BaseMultiModalProcessor):
         Raises:
             PlanError: naming `min_pixels`, which alone rounds up.
         """
-        if not any(map(of_processor, sizes)):
+        if not any(SIZES[0] in of_image for of_image in sizes):
             return
         largest = self.info.get_max_image_tokens()
         for count, of_image in zip(counts, sizes, strict=True):

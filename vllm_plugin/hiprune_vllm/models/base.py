@@ -237,10 +237,13 @@ class FamilyAdapter(ABC):
         about: for people, in `GET /v1/hiprune` and docs/families.md.
         mrope: whether tokens have 3-D rotary positions in the language model (M-RoPE), so that the
             kept ones bring theirs along (section 4).
+        frames: of a video that a picture is to the checkpoint's processor, which counts the pixels
+            of all of them; where sizes are free.
     """
 
     about: ClassVar[About]
     mrope: ClassVar[bool] = False
+    frames: ClassVar[int] = 1
 
     @abstractmethod
     def encoder(self, hf_config: Any) -> Encoder:
