@@ -31,6 +31,9 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble")
 NAMES = {
     "llava": "LLaVA-1.5",
     "llava_next": "LLaVA-NeXT",
+    "mistral3": "Mistral Small 3",
+    "ministral3": "Ministral 3",
+    "pixtral": "Pixtral",
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",

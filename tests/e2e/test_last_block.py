@@ -7,10 +7,11 @@ from unittest import mock
 import pytest
 
 from tests.e2e.offline import in_new_process
-from tests.reference import checkpoints, random_llava
+from tests.reference import checkpoints, pixtral, random_llava
 
 QWEN = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}  # pixels a side of a patch
-CASES = ("clip", "siglip", "llava_next", *QWEN)
+PIXTRAL = {"mistral3": 28, "pixtral": 16}  # pixels a side of a token
+CASES = ("clip", "siglip", "llava_next", *QWEN, *PIXTRAL)
 
 
 def build(name: str, folder: Path) -> None:
@@ -18,6 +19,8 @@ def build(name: str, folder: Path) -> None:
         checkpoints.build_llava_next(folder)
     elif name in QWEN:
         checkpoints.build_qwen(name, folder)
+    elif name in PIXTRAL:
+        pixtral.build(name, folder)
     elif name == "clip":
         random_llava.build(folder)
     else:
@@ -43,6 +46,10 @@ def inputs(name):
         pixels = noise(int(grids.prod(dim=1).sum()), 2 * 3 * QWEN[name] ** 2)
         sizes = [(80, 27), (24, 24), (80, 40)]
         return {"pixel_values": pixels, "image_grid_thw": grids}, sizes
+    if name in PIXTRAL:
+        side = PIXTRAL[name]
+        pictures = [noise(3, h * side, w * side) for h, w in ((8, 10), (4, 6), (8, 10))]
+        return {"pixel_values": pictures}, [(80, 27), (24, 24), (80, 40)]
     side, full = (336, 576) if name == "clip" else (224, 256)
     sizes = [(full, 64), (full, 30), (full, 30), (full, full), (full, 64)]
     return {"pixel_values": noise(5, 3, side, side)}, sizes

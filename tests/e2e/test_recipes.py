@@ -27,6 +27,7 @@ RECIPES = {
         "hermes",
     ),
     "llava_next": ("--mm-encoder-tp-mode", "data", "--tensor-parallel-size", "2"),
+    "mistral3": (*TWO_RANKS, "--config-format", "hf", "--load-format", "hf"),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.photos import photo
-from tests.reference import checkpoints, glm, random_llava
+from tests.reference import checkpoints, glm, pixtral, random_llava
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
 from tests.reference.qwen import QwenOracle
@@ -189,6 +189,15 @@ def _qwen(name: str, **own: Any) -> Family:
     )
 
 
+def _pixtral(kind: str) -> Family:
+    return Family(
+        partial(pixtral.build, kind),
+        lambda path: Oracle(pixtral.PixtralOracle(path)),
+        pixtral.IMAGE,
+        SHAPES,
+    )
+
+
 # The CPU engine's linear attention is in bf16 alone, and so is the text model: what it answers is
 # compared as closely as that allows. With experts, rounding sends tokens to others.
 _BF16: Final = {"options": {"dtype": "bfloat16"}, "prepared": _tower_in_fp32}
@@ -217,6 +226,9 @@ FAMILIES: Final = {
         _ANYRES,
         options={"max_model_len": 12288},
     ),
+    "mistral3": _pixtral("mistral3"),
+    "ministral3": _pixtral("ministral3"),
+    "pixtral": _pixtral("pixtral"),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
     "qwen3_vl": _qwen("qwen3_vl"),

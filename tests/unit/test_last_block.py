@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hiprune_vllm.models.last_block import Kept, kept_only, put_off
+from hiprune_vllm.models.last_block import Kept, kept_after, kept_only, put_off, set_aside
 
 WIDTH, HEADS = 16, 2
 
@@ -96,6 +96,27 @@ def test_arguments_with_a_row_for_each_row_are_cut_with_them(states):
     with shortened(block, lambda: [Kept(0, 10, ROWS[0])], by_row=("turn",)):
         few = block(states[:1], turn=turn)
     torch.testing.assert_close(few, whole[:, ROWS[0]], rtol=1e-5, atol=1e-6)
+    with shortened(block, lambda: [Kept(0, 10, ROWS[0])], by_row=("turn",)):
+        assert torch.equal(block(states[:1], turn), few)  # wherever it stands in the call
+
+
+@torch.no_grad()
+def test_rows_without_a_batch_stay_so(states):
+    kept = [Kept(0, 6, torch.tensor([0, 5])), Kept(6, 10, torch.tensor([1]))]
+    block = nn.Identity()
+    with kept_after(block, lambda: kept):
+        assert torch.equal(block(states[0]), states[0][[0, 5, 7]])
+
+
+@torch.no_grad()
+def test_what_is_set_aside_leaves_rows_without_columns(states):
+    module = nn.Linear(WIDTH, 3)
+    with set_aside(module) as made:
+        stand_in = module(states[:1])
+    assert stand_in.shape == (1, 10, 0)
+    assert [len(part) for part in torch.split(stand_in.squeeze(0), [4, 6])] == [4, 6]
+    assert torch.equal(made[0], module(states[:1]))
+    assert "forward" not in vars(module)
 
 
 @torch.no_grad()

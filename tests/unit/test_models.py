@@ -10,6 +10,7 @@ from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint
 from hiprune_vllm.models.glm4v import Glm4vAdapter
 from hiprune_vllm.models.llava import LlavaAdapter
 from hiprune_vllm.models.llava_next import LlavaNextAdapter, picture_region, tile_regions
+from hiprune_vllm.models.pixtral import Mistral3Adapter, PixtralAdapter
 from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
 from hiprune_vllm.models.qwen2_vl import Qwen2VLAdapter, check_shape
 from hiprune_vllm.models.qwen3_vl import Qwen3VLAdapter, Qwen35Adapter
@@ -80,6 +81,54 @@ def test_variants_that_cannot_be_pruned_are_refused_by_name(changes, named):
     for adapter in (LlavaAdapter(), LlavaNextAdapter()):
         with pytest.raises(UnsupportedCheckpoint, match=named):
             adapter.encoder(config(**changes))
+
+
+def pixtral_config(tower="pixtral", depth=24, layer=-1, **own):
+    vision = SimpleNamespace(
+        model_type=tower, num_hidden_layers=depth, image_size=1540, patch_size=14
+    )
+    return SimpleNamespace(vision_config=vision, vision_feature_layer=layer, **own)
+
+
+def test_pixtrals_tower_with_and_without_merging():
+    merging = pixtral_config(spatial_merge_size=2)
+    assert Mistral3Adapter().encoder(merging) == Encoder("mistral3", 24, 12, has_cls=False)
+    alone = pixtral_config(vision_feature_select_strategy="full")
+    assert PixtralAdapter().encoder(alone) == Encoder("pixtral", 24, 9, has_cls=False)
+    assert PixtralAdapter().encoder(pixtral_config(layer=-2)).output_layer == 23
+    assert Mistral3Adapter().grids(merging, (56, 84))[0][:2] == (2, 3)
+    assert PixtralAdapter().grids(alone, (56, 84))[0][:2] == (4, 6)
+    with pytest.raises(TooShallow):
+        Mistral3Adapter().encoder(pixtral_config(depth=1, spatial_merge_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tower": "siglip_vision_model"}, "siglip_vision_model"),
+        ({"layer": [-2, -1]}, r"\[-2, -1\]"),
+        ({"vision_feature_select_strategy": "default"}, "'default'"),
+    ],
+)
+def test_variants_of_pixtral_that_cannot_be_pruned_are_refused_by_name(changes, named):
+    for adapter in (PixtralAdapter(), Mistral3Adapter()):
+        with pytest.raises(UnsupportedCheckpoint, match=named):
+            adapter.encoder(pixtral_config(**changes))
+
+
+def test_a_llava_with_pixtrals_tower_has_an_adapter_of_its_own():
+    llava = LlavaAdapter()
+    assert type(llava.of(config("pixtral"))) is PixtralAdapter
+    for other in (config(), config("siglip_vision_model"), config("dinov2")):
+        assert llava.of(other) is llava
+
+
+def test_a_pruned_picture_ends_where_it_did_and_its_rows_do_not():
+    image, row, end = 5, 7, 8
+    tokens = [image, image, row, image, image, end]
+    embeds = [token == image for token in tokens]
+    for keep in (1, 2, 3):
+        assert Mistral3Adapter().placeholder(tokens, embeds, keep) == [image] * keep + [end]
 
 
 def test_a_tower_without_a_layer_for_anchors_does_not_start():

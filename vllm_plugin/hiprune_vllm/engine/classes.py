@@ -47,7 +47,7 @@ def _registered(made: Any, vllm_class: Any, family: FamilyAdapter) -> Any:
     def build_info(ctx: InputProcessingContext) -> Any:
         ctx, pruning = split_context(ctx, family)
         info = stock.info(ctx)
-        info.pruning = pruning.within(family.pixels(info) if pruning.encoder else None)
+        info.pruning = pruning.within(pruning.family.pixels(info) if pruning.encoder else None)
         return info
 
     def build_processor(info: Any, dummy_inputs: Any) -> Any:

@@ -105,6 +105,7 @@ def split_context(
         RuntimeError: the engine-wide plan is invalid, or the encoder too shallow (at start-up).
     """
     given = ctx.model_config.get_multimodal_config().mm_processor_kwargs or {}
+    family = family.of(ctx.model_config.hf_config)
     wish, limits = given.get(FIELD), given.get(LIMITS)
     try:
         encoder, unsupported = family.encoder(ctx.model_config.hf_config), ""

@@ -1,7 +1,7 @@
 """The worker's side: a model class that hands pruned batches to its family's adapter."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from cachetools import LRUCache
@@ -59,7 +59,7 @@ def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:
 class PrunedModel(torch.nn.Module):
     """Mixin in front of a vLLM multimodal model class."""
 
-    family: ClassVar[FamilyAdapter]
+    family: FamilyAdapter
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
@@ -69,6 +69,7 @@ class PrunedModel(torch.nn.Module):
         if vllm_config.compilation_config.cudagraph_mm_encoder:
             keep_pruned_images_out_of_graphs()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.family = type(self).family.of(vllm_config.model_config.hf_config)
         multimodal = vllm_config.model_config.multimodal_config
         # A server that takes no pictures has no tower, nor have the other stages of a pipeline.
         if multimodal.get_limit_per_prompt("image") and get_pp_group().is_first_rank:

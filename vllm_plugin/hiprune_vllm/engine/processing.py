@@ -112,6 +112,11 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         images = inputs.mm_data_items.get("image", [])
         for items in inputs.mm_data_items.values():
             if isinstance(items, EmbeddingItems | DictEmbeddingItems):
+                if items.modality == "image" and not self.pruning.family.takes_embeddings:
+                    raise VLLMValidationError(
+                        "image_embeds cannot be served by this model; send the image itself",
+                        parameter="image_embeds",
+                    )
                 config = self.info.ctx.get_hf_config()
                 check_embeddings(items, config, self.pruning.family.width(config))
         asked = self._plans(inputs.hf_processor_mm_kwargs, len(images))

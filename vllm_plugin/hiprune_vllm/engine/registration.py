@@ -10,6 +10,7 @@ CLASSES: Final = {
     "Glm4vMoeForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
     "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
+    "Mistral3ForConditionalGeneration": ("mistral3", "pixtral:Mistral3Adapter"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl:Qwen25VLAdapter"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "qwen3_vl:Qwen3VLAdapter"),

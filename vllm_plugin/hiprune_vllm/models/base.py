@@ -239,11 +239,17 @@ class FamilyAdapter(ABC):
             kept ones bring theirs along (section 4).
         frames: of a video that a picture is to the checkpoint's processor, which counts the pixels
             of all of them; where sizes are free.
+        takes_embeddings: whether vLLM's model takes pictures that were encoded elsewhere.
     """
 
     about: ClassVar[About]
     mrope: ClassVar[bool] = False
     frames: ClassVar[int] = 1
+    takes_embeddings: ClassVar[bool] = True
+
+    def of(self, hf_config: Any) -> "FamilyAdapter":
+        """The adapter of a checkpoint: another one where families share a class of vLLM's."""
+        return self
 
     @abstractmethod
     def encoder(self, hf_config: Any) -> Encoder:
@@ -332,8 +338,8 @@ class FamilyAdapter(ABC):
         """vLLM's tower and projector as they are.
 
         The tower's last block returns the patches of the kept tokens alone, token by token in the
-        order of the parts, each token's row by row: (1, leading + patches, width), or
-        (patches, 1, width) where it works on (patches of the batch, 1, width).
+        order of the parts, each token's row by row: (1, leading + patches, width), or, where it
+        works on (patches of the batch, 1, width) or without the 1, (patches, 1, width) or without.
 
         Args:
             parts: of every image, those that keep something; others need not be encoded.

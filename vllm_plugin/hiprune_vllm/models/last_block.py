@@ -12,6 +12,7 @@ the second time with the kept rows, where attention gives what is due to them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ def kept_only(
 ) -> Iterator[None]:
     """While inside, `block` returns the kept rows of all images, one after another.
 
-    The hidden states (B, T, width) or (T, 1, width) become (1, kept, width) or (kept, 1, width).
+    The hidden states (B, T, width) or (T, 1, width) become (1, kept, width) or (kept, 1, width),
+    and (T, width) become (kept, width).
 
     Args:
         block: a transformer block of vLLM's that calls `attention` once.
@@ -74,6 +76,7 @@ def kept_only(
         by_row: arguments of `block` that have a row for each row of its hidden states, by name.
     """
     run = block.forward
+    names = [*signature(run).parameters][1:]  # the hidden states come first
 
     def shortened(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with _instead(attention, _leave):
@@ -97,9 +100,12 @@ def kept_only(
             return context[None]
 
         few = _only(rows, states, spare_rows)
-        of_kept = {name: kwargs[name][rows] for name in by_row}
+        some = [
+            one[rows] if name in by_row else one for name, one in zip(names, args, strict=False)
+        ]
+        others = {name: one[rows] if name in by_row else one for name, one in kwargs.items()}
         with _instead(projection, made_already), _instead(attention, attended):
-            return run(few, *args, **kwargs | of_kept)
+            return run(few, *some, **others)
 
     with _instead(block, shortened):
         yield
@@ -125,6 +131,26 @@ def kept_after(
 
     with _instead(block, cut):
         yield
+
+
+@contextmanager
+def set_aside(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While inside, what `module` returns is put into the yielded list.
+
+    Its caller gets as many rows as `module` did, which have no columns: some towers split what
+    comes behind their blocks into images, by how many rows these had.
+
+    Args:
+        module: makes hidden states (1, T, width) of such.
+    """
+    run, made = module.forward, list[torch.Tensor]()
+
+    def noting(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(run(states, *args, **kwargs))
+        return states.new_empty(*states.shape[:-1], 0)
+
+    with _instead(module, noting):
+        yield made
 
 
 @contextmanager
@@ -172,7 +198,9 @@ def _rows(kept: Sequence[Kept]) -> torch.Tensor:
 
 
 def _only(rows: torch.Tensor, states: torch.Tensor, spare: int) -> torch.Tensor:
-    """Some rows of hidden states (B, T, width) or (T, 1, width), in one row of the batch."""
+    """Some rows of hidden states (B, T, width), (T, 1, width) or (T, width), in one batch row."""
+    if states.dim() == 2:
+        return _with_spare(states[rows], spare)
     few = _with_spare(states.flatten(0, 1)[rows], spare)
     return few.unsqueeze(1 if states.shape[1] == 1 else 0)
 

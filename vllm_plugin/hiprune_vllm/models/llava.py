@@ -7,7 +7,8 @@ import torch
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import Batch, Colour, Grid, Shape, View, shown
+from hiprune_vllm.models.base import Batch, Colour, FamilyAdapter, Grid, Shape, View, shown
+from hiprune_vllm.models.pixtral import TOWER, PixtralAdapter
 from hiprune_vllm.models.tiles import OF_THE_PAPER, TileAdapter, tile_columns
 from hiprune_vllm.plan import About, TokenCount
 
@@ -43,6 +44,9 @@ class LlavaAdapter(TileAdapter):
         published="HiPrune's paper (7B, average over its benchmarks): 99.3, 97.5 and 92.7 % of the "
         "accuracy at 192, 128 and 64 tokens; EADP (ECCV 2026) counts 95.8 and 89.6 % at 128 and 64",
     )
+
+    def of(self, hf_config: Any) -> FamilyAdapter:
+        return PixtralAdapter() if hf_config.vision_config.model_type == TOWER else self
 
     def tokens(
         self, info: Any, images: Any, index: int, options: Mapping[str, object]

@@ -18,6 +18,16 @@ _POOLED = (
 _READS_TEXT = "it reads whole pages of text, where every visual token counts"
 _OTHER_TOWER = "its vision encoder is timm's, whose attention keeps queries and keys to itself"
 
+_CHUNKS = (
+    "vLLM takes its pictures for items of the kind vision_chunk, which pieces of videos are, too, "
+    "and budgets are for images"
+)
+_WRITTEN_OUT = (
+    "Mistral's own format writes all tokens of a picture into the prompt before anything could "
+    "leave some out; serve Hugging Face's format (--config-format hf --load-format hf "
+    "--tokenizer-mode hf)"
+)
+
 UNSERVED: Final = {
     "Blip2ForConditionalGeneration": _QUERIES,
     "Granite4VisionForConditionalGeneration": _QUERIES,
@@ -25,6 +35,8 @@ UNSERVED: Final = {
     "MiniCPMV": _QUERIES,
     "MolmoForCausalLM": _POOLED,
     "Molmo2ForConditionalGeneration": _POOLED,
+    "KimiK25ForConditionalGeneration": _CHUNKS,
+    "PixtralForConditionalGeneration": _WRITTEN_OUT,
     "DeepseekVLV2ForCausalLM": _OTHER_TOWER,
     "OpenVLAForActionPrediction": _OTHER_TOWER,
     "DeepseekOCRForCausalLM": _READS_TEXT,

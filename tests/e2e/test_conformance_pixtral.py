@@ -1,0 +1,16 @@
+import pytest
+
+from tests.e2e.conformance import Conformance
+
+
+class TestMistral3(Conformance):
+    family = "mistral3"
+
+
+@pytest.mark.long
+class TestMinistral3(Conformance):
+    family = "ministral3"
+
+
+class TestPixtral(Conformance):
+    family = "pixtral"
