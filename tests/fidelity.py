@@ -34,6 +34,8 @@ NAMES = {
     "mistral3": "Mistral Small 3",
     "ministral3": "Ministral 3",
     "pixtral": "Pixtral",
+    "gemma4": "Gemma 4",
+    "gemma4_moe": "Gemma 4, experts",
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",

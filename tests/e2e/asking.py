@@ -14,6 +14,7 @@ from tests.e2e.offline import (
     lose_encoder_outputs,
     one_by_one,
     record_positions,
+    scheduler,
     spy_on_selection,
     worker_model,
 )
@@ -97,8 +98,12 @@ def start(family: Family, path: str, *, prepared: bool = True, **options: Any) -
 
 
 def block_size(llm: Any) -> int:
-    """Of a model with states instead of keys and values vLLM makes blocks larger."""
-    size: int = llm.llm_engine.vllm_config.cache_config.block_size
+    """Of which cached prefixes are multiples.
+
+    Where layers differ in what they keep of a token, vLLM makes blocks larger, or those of some
+    layers, so that all kinds begin and end together.
+    """
+    size: int = scheduler(llm).block_size
     return size
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.photos import photo
-from tests.reference import checkpoints, glm, pixtral, random_llava
+from tests.reference import checkpoints, gemma4, glm, pixtral, random_llava
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
 from tests.reference.qwen import QwenOracle
@@ -198,6 +198,15 @@ def _pixtral(kind: str) -> Family:
     )
 
 
+def _gemma4(**own: Any) -> Family:
+    return Family(
+        partial(gemma4.build, **own),
+        lambda path: Oracle(gemma4.GemmaOracle(path)),
+        gemma4.SPECIAL["image_token"],
+        {name: SHAPES[name] for name in ("landscape", "square", "wide", "tall", "tiny", "strip")},
+    )
+
+
 # The CPU engine's linear attention is in bf16 alone, and so is the text model: what it answers is
 # compared as closely as that allows. With experts, rounding sends tokens to others.
 _BF16: Final = {"options": {"dtype": "bfloat16"}, "prepared": _tower_in_fp32}
@@ -229,6 +238,8 @@ FAMILIES: Final = {
     "mistral3": _pixtral("mistral3"),
     "ministral3": _pixtral("ministral3"),
     "pixtral": _pixtral("pixtral"),
+    "gemma4": _gemma4(),
+    "gemma4_moe": _gemma4(experts=True),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
     "qwen3_vl": _qwen("qwen3_vl"),

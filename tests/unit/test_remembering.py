@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hiprune_vllm.engine import secret
-from hiprune_vllm.models.base import Image, Part, Selection
+from hiprune_vllm.models.images import Image, Part, Selection
 from hiprune_vllm.pruning.budget import BUDGET_INTS, ImageBudget
 from hiprune_vllm.pruning.select import Region
 

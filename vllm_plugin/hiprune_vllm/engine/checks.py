@@ -8,6 +8,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 
+from hiprune_vllm.models.base import Grid
 from hiprune_vllm.plan import PicturesLeftOut
 
 
@@ -45,6 +46,29 @@ def check_embeddings(items: EmbeddingItems | DictEmbeddingItems, config: Any, wi
 
 def _refuse(field: str, index: int, told: str) -> None:
     raise VLLMValidationError(f"{field} of item {index} {told}", parameter=field)
+
+
+def check_count(full: int, grids: Sequence[Grid]) -> None:
+    """Refuses a picture of which the processor has made another number of tokens than was counted.
+
+    Its embeddings would not fill their places, which ends the engine: vLLM's own arithmetic rounds
+    otherwise than the processor's for some sizes, and a request's options may leave out a step.
+
+    Args:
+        full: tokens by vLLM's count.
+        grids: of what the processor has made.
+
+    Raises:
+        VLLMValidationError: they are not as many.
+    """
+    made = sum(grid.rows * grid.columns for grid in grids)
+    if made != full:
+        raise VLLMValidationError(
+            f"image_url must be of another size: vLLM counts {full} visual tokens of this picture, "
+            f"the checkpoint's processor has made {made}. Cut it or scale it by some pixels, and "
+            "leave other processor options out.",
+            parameter="image_url",
+        )
 
 
 def refuse_without_tensors(images: Any, parser: Any) -> None:

@@ -10,7 +10,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from hiprune_vllm.engine.wire import BUDGET_FIELD
-from hiprune_vllm.models.base import TracedPart
+from hiprune_vllm.models.images import TracedPart
 from hiprune_vllm.pruning.select import ROLES, token_kinds
 
 NO_ROLE = "other"

@@ -23,8 +23,9 @@ from hiprune_vllm.engine.compat import (
 )
 from hiprune_vllm.engine.sharing import encode_shared
 from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
-from hiprune_vllm.models.base import Encoded, FamilyAdapter, Image, Selection, Trace, TracedPart
+from hiprune_vllm.models.base import SHAPE_FIELD, FamilyAdapter
 from hiprune_vllm.models.encode import check_tower, encode
+from hiprune_vllm.models.images import Encoded, Image, Selection, Trace, TracedPart
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
 
 let_cpu_runner_receive()
@@ -102,7 +103,8 @@ class PrunedModel(torch.nn.Module):
         rows = inputs.get(BUDGET_FIELD)
         if rows is not None and not all(unpack_item(row)[0].is_full for row in rows.tolist()):
             return None
-        of_vllm = {name: value for name, value in inputs.items() if name != BUDGET_FIELD}
+        ours = (BUDGET_FIELD, SHAPE_FIELD)
+        of_vllm = {name: value for name, value in inputs.items() if name not in ours}
         return self.as_sent(run(of_vllm))
 
     def _embed(self, **kwargs: object) -> Any:
@@ -123,6 +125,7 @@ class PrunedModel(torch.nn.Module):
         # The rows were kept on the CPU: reading them waits for nothing.
         items = [unpack_item(row) for row in rows.tolist()] if rows is not None else []
         if all(budget.is_full for budget, _ in items):
+            kwargs.pop(SHAPE_FIELD, None)
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         encoded = self._encode(
             [Image(budget, self._kept_before.get(key)) for budget, key in items],
@@ -155,10 +158,11 @@ class PrunedModel(torch.nn.Module):
     ) -> list[Encoded]:
         batch = self.family.batch(self, **kwargs)
         ranks = get_tensor_model_parallel_world_size()
-        if ranks > 1 and self._whole_on_each_rank and images[0].trace is None:
+        whole_on_each = self._whole_on_each_rank or self.family.tower(self).replicated
+        if ranks > 1 and whole_on_each and images[0].trace is None:
             encoded = encode_shared(self.family, self, batch, images)
         else:
-            split = ranks > 1 and not self._whole_on_each_rank
+            split = ranks > 1 and not whole_on_each
             add = sum_over_ranks if split else None
             encoded = encode(self.family, self, batch, images, add)
         for key, image in zip(keys, encoded, strict=True):

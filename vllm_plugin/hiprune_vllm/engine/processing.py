@@ -17,7 +17,12 @@ from vllm.multimodal.processing import (
 )
 
 from hiprune_vllm.engine import explain
-from hiprune_vllm.engine.checks import check_embeddings, check_places, refuse_without_tensors
+from hiprune_vllm.engine.checks import (
+    check_count,
+    check_embeddings,
+    check_places,
+    refuse_without_tensors,
+)
 from hiprune_vllm.engine.identity import (
     CachedProcessing,
     KnownImages,
@@ -30,7 +35,7 @@ from hiprune_vllm.engine.info import PruningInfo
 from hiprune_vllm.engine.scheduling import with_size
 from hiprune_vllm.engine.sizes import SizedProcessing, of_processor, with_sizes
 from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
-from hiprune_vllm.models.base import FamilyAdapter
+from hiprune_vllm.models.base import SHAPE_FIELD, FamilyAdapter
 from hiprune_vllm.plan import (
     FIELD,
     FULL,
@@ -281,6 +286,12 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
             processed[BUDGET_FIELD] = torch.tensor(
                 [pack_item(item.budget, item.identity) for item in items], dtype=torch.int64
             )
+            family, config = self.pruning.family, self.info.get_hf_config()
+            shapes = family.shapes(config, processed)
+            if shapes is not None:
+                for item, shape in zip(items, shapes, strict=True):
+                    check_count(item.budget.full, family.grids(config, shape))
+                processed[SHAPE_FIELD] = torch.tensor(shapes, dtype=torch.int64)
         return processed
 
     def _get_mm_fields_config(
@@ -289,6 +300,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         return {
             **super()._get_mm_fields_config(hf_inputs, _without_plan(hf_processor_mm_kwargs)),
             BUDGET_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            SHAPE_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
 
     def _get_prompt_updates(

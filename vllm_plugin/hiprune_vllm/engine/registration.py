@@ -9,6 +9,7 @@ CLASSES: Final = {
     "Glm4vForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
     "Glm4vMoeForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
+    "Gemma4ForConditionalGeneration": ("gemma4_mm", "gemma4:Gemma4Adapter"),
     "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
     "Mistral3ForConditionalGeneration": ("mistral3", "pixtral:Mistral3Adapter"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),

@@ -6,7 +6,7 @@ All sizes follow from the budgets, so ranks agree on them without asking.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn.functional import pad
@@ -17,9 +17,13 @@ from vllm.distributed import (
 )
 from vllm.model_executor.models.vision import get_load_balance_assignment
 
-from hiprune_vllm.models.base import Batch, Encoded, FamilyAdapter, Image, Selection
+from hiprune_vllm.models.base import Batch, FamilyAdapter
 from hiprune_vllm.models.encode import encode, parts_of
+from hiprune_vllm.models.images import Encoded, Image, Selection
 from hiprune_vllm.pruning.positions import COLUMNS
+
+PLAIN: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""What embeddings may be; quantized weights of a block are something else, its norms never."""
 
 
 def shares_of(sizes: Sequence[int], ranks: int) -> list[list[int]]:
@@ -40,7 +44,8 @@ def encode_shared(
     encoded = []
     if mine:
         encoded = encode(family, model, batch.some(mine), [images[i] for i in mine], None)
-    weight = next(family.tower(model).blocks[-1].parameters())
+    weights = family.tower(model).blocks[-1].parameters()
+    weight = next(one for one in weights if one.dtype in PLAIN)
     width = family.width(model.config)
     columns = width + (COLUMNS if family.mrope else 0)
     # Indices go as fp32, exact up to 2**24: the CPU engine gathers no integers.

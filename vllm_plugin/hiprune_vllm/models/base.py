@@ -2,14 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import PIL.Image
 import torch
 
+from hiprune_vllm.models.images import Part, Selection
 from hiprune_vllm.plan import About, Encoder, TokenCount
-from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.record import Source, of_vllm
 from hiprune_vllm.pruning.select import Region
 
 Colour = tuple[float, float, float]
@@ -38,97 +38,6 @@ class TooShallow(RuntimeError):
         )
 
 
-class TracedPart(NamedTuple):
-    """How the tokens of one part (tile) of an image were chosen.
-
-    Attributes:
-        number: of the tile, 0 for an image in one part.
-        budget: of this part.
-        columns: tokens in a row of the grid.
-        region: the part of the grid that may be kept; None for all of it.
-        object_scores, output_scores: (N,) fp32.
-        kept: (budget.keep,) int64, ascending.
-    """
-
-    number: int
-    budget: ImageBudget
-    columns: int
-    region: Region | None
-    object_scores: torch.Tensor
-    output_scores: torch.Tensor
-    kept: torch.Tensor
-
-
-@dataclass
-class Trace:
-    """Notes how an image is pruned while that happens.
-
-    Attributes:
-        layer: object layer, 1-based, whose scores are wanted whatever the budget needs.
-        score: kind of score.
-        parts: filled in; parts that keep nothing are left out.
-    """
-
-    layer: int
-    score: str
-    parts: list[TracedPart] = field(default_factory=list)
-
-
-class Part(NamedTuple):
-    """What is to be chosen from one part (tile) of an image.
-
-    Attributes:
-        number: of the tile, 0 for an image in one part.
-        full: tokens that it has.
-        region: where in its grid tokens may be kept.
-        keep: how many are kept.
-    """
-
-    number: int
-    full: int
-    region: Region
-    keep: int
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What was kept of an image.
-
-    Attributes:
-        parts: that it was chosen from, those that keep something.
-        kept: indices in each of them, (keep,) int64.
-    """
-
-    parts: tuple[Part, ...]
-    kept: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image to encode.
-
-    Attributes:
-        budget: what to keep.
-        known: what was kept before of the image that is believed to be this one; None for one that
-            is new.
-        trace: notes how, where somebody asks.
-    """
-
-    budget: ImageBudget
-    known: Selection | None = None
-    trace: Trace | None = None
-
-    def known_of(self, parts: tuple[Part, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Indices kept before, one tensor for each of `parts`; None where there are none.
-
-        A selection from other parts is none, whoever remembered it: another picture under the same
-        `uuid` may have other tiles, and rows that do not fit the prompt would end the engine. The
-        plans are compared and not the indices, which are on the device.
-        """
-        known = self.known
-        return known.kept if known is not None and known.parts == parts else None
-
-
 class View(NamedTuple):
     """Pixels that the encoder saw as one part of an image.
 
@@ -142,19 +51,6 @@ class View(NamedTuple):
     left: int
     top: int
     pixels: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One encoded image.
-
-    Attributes:
-        embeddings: (budget.keep, width), what the language model sees.
-        selection: to be remembered; None for an unpruned image.
-    """
-
-    embeddings: torch.Tensor
-    selection: Selection | None
 
 
 class Grid(NamedTuple):
@@ -179,8 +75,9 @@ class Tower(NamedTuple):
 
     Attributes:
         blocks: those that run, in order; the last one is the output layer.
-        attention: name of a block's encoder attention, called with query, key and value.
-        qkv: name of a block's linear layer that makes Q, K and V together.
+        attention: name of a block's encoder attention.
+        qkv: name of a block's linear layer that makes Q, K and V together; empty where the last
+            block cannot be cut short at its attention, so that it runs whole.
         heads: H, attention heads of a block over all ranks.
         leading: tokens before those of a part (1 with a CLS token), which vLLM takes off again.
         packed: whether all parts stand in one row of the batch; else each is one.
@@ -190,6 +87,10 @@ class Tower(NamedTuple):
         by_row: arguments of a block that have a row for each row of its hidden states.
         taps: modules that make more columns of tokens, from hidden states on the way to the last
             block; in the order that they are called in, behind the columns of the projector.
+        source: where query and key of a block's attention come from: vLLM's own modules are called
+            with them, for transformers' see `models.of_transformers`.
+        one_by_one: whether images go through one at a time; else as one batch.
+        replicated: whether each rank holds all heads, whatever `--mm-encoder-tp-mode` says.
     """
 
     blocks: Sequence[Any]
@@ -203,10 +104,16 @@ class Tower(NamedTuple):
     within_images: bool = True
     by_row: Sequence[str] = ()
     taps: Sequence[Any] = ()
+    source: Source = of_vllm
+    one_by_one: bool = False
+    replicated: bool = False
 
 
 Shape = tuple[int, ...]
 """What an image's grids follow from, in a family's own terms: such as its size in pixels."""
+
+SHAPE_FIELD: Final = "hiprune_shape"
+"""Name of the per-image tensor, (n,) int64, that carries `FamilyAdapter.shapes` to the worker."""
 
 
 class Batch(NamedTuple):
@@ -311,6 +218,15 @@ class FamilyAdapter(ABC):
         Raises:
             RuntimeError: the inputs do not fit together ("version drift").
         """
+
+    def shapes(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> Sequence[Shape] | None:
+        """Shapes of images by what the processor has made of them, for a family whose inputs have
+        them on the device alone: they are sent along under `SHAPE_FIELD`, which `batch` finds.
+
+        Raises:
+            VLLMValidationError: a request's processor options have made what the tower cannot take.
+        """
+        return None
 
     @abstractmethod
     def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:

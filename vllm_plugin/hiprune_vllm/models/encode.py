@@ -15,19 +15,8 @@ from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import (
-    Batch,
-    Encoded,
-    FamilyAdapter,
-    Grid,
-    Image,
-    Part,
-    Selection,
-    Tower,
-    Trace,
-    TracedPart,
-    UnsupportedCheckpoint,
-)
+from hiprune_vllm.models.base import Batch, FamilyAdapter, Grid, Tower, UnsupportedCheckpoint
+from hiprune_vllm.models.images import Encoded, Image, Part, Selection, Trace, TracedPart
 from hiprune_vllm.models.last_block import Kept, kept_after, kept_only, put_off
 from hiprune_vllm.pruning.budget import ImageBudget, spread
 from hiprune_vllm.pruning.clock import SELECTION
@@ -176,7 +165,14 @@ def encode(
     Returns:
         One an image, in order.
     """
-    batch, tower = family.laid_out(model, batch), family.tower(model)
+    tower = family.tower(model)
+    if tower.one_by_one and len(images) > 1:
+        alone = [
+            encode(family, model, batch.some([i]), [image], sum_over_ranks)
+            for i, image in enumerate(images)
+        ]
+        return [one for (one,) in alone]
+    batch = family.laid_out(model, batch)
     output_layer = len(tower.blocks)  # see `check_tower`
     of_images = _pieces(family, model.config, batch, tower, images)
     pieces = [piece for of_image in of_images for piece in of_image]
@@ -186,6 +182,7 @@ def encode(
         leading_tokens=tower.leading,
         sum_over_ranks=sum_over_ranks,
         spans=[(piece.start, piece.stop) for piece in pieces] if tower.packed else None,
+        source=tower.source,
     )
     wanted = wanted_scores(
         {i: piece.budget for i, piece in enumerate(pieces) if piece.known is None},
@@ -270,7 +267,7 @@ def _pieces(
 def _ending(tower: Tower, select: Callable[[], Sequence[Kept]]) -> AbstractContextManager[None]:
     """While inside, the tower's last block returns the kept rows alone."""
     block = tower.blocks[-1]
-    if chosen("PRUNING_LAST_BLOCK") == "whole":
+    if not tower.qkv or chosen("PRUNING_LAST_BLOCK") == "whole":
         return kept_after(block, select, spare_rows=tower.leading)
     return kept_only(
         block,

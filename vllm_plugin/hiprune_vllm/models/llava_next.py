@@ -9,7 +9,8 @@ import torch
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from hiprune_vllm.models.base import Batch, Colour, Grid, Selection, Shape, View, shown
+from hiprune_vllm.models.base import Batch, Colour, Grid, Shape, View, shown
+from hiprune_vllm.models.images import Selection
 from hiprune_vllm.models.tiles import OF_THE_PAPER, TileAdapter, tile_columns
 from hiprune_vllm.plan import About, Encoder, TokenCount
 from hiprune_vllm.pruning.select import Region

@@ -11,7 +11,6 @@ from hiprune_vllm.models.base import (
     Colour,
     FamilyAdapter,
     Grid,
-    Part,
     Shape,
     TooShallow,
     Tower,
@@ -19,6 +18,7 @@ from hiprune_vllm.models.base import (
     View,
     shown,
 )
+from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.last_block import set_aside
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
 from hiprune_vllm.models.tiles import OF_THE_PAPER

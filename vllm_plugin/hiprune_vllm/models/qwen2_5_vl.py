@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import Batch, Part, Tower
+from hiprune_vllm.models.base import Batch, Tower
+from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.qwen2_vl import OF_MERGING, Qwen2VLAdapter
 from hiprune_vllm.plan import About
 

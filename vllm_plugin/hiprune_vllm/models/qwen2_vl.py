@@ -12,13 +12,13 @@ from hiprune_vllm.models.base import (
     Colour,
     FamilyAdapter,
     Grid,
-    Part,
     Shape,
     TooShallow,
     Tower,
     View,
     shown,
 )
+from hiprune_vllm.models.images import Part
 from hiprune_vllm.plan import About, Encoder, TokenCount
 from hiprune_vllm.pruning.scores import default_object_layer
 

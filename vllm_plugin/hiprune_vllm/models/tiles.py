@@ -5,14 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from hiprune_vllm.models.base import (
-    Batch,
-    FamilyAdapter,
-    Part,
-    TooShallow,
-    Tower,
-    UnsupportedCheckpoint,
-)
+from hiprune_vllm.models.base import Batch, FamilyAdapter, TooShallow, Tower, UnsupportedCheckpoint
+from hiprune_vllm.models.images import Part
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.scores import default_object_layer
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.clock import SELECTION
@@ -25,6 +24,33 @@ class EncoderAttention(Protocol):
     num_heads: int
     head_size: int
     scale: float
+
+
+Note = Callable[[torch.Tensor, torch.Tensor, float], None]
+"""Takes query and key, (B, T, H, D), and what their product is multiplied by."""
+
+
+class Listening(Protocol):
+    """What is to be ended."""
+
+    def remove(self) -> None: ...
+
+
+Source = Callable[[nn.Module, Note], Listening]
+"""Calls a `Note` whenever an attention module runs, until what it returns is removed."""
+
+
+def of_vllm(module: nn.Module, note: Note) -> Listening:
+    """Of vLLM's own encoder attention, a module that is called with query and key."""
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        attention = cast(EncoderAttention, module)
+        query = args[0] if args else kwargs["query"]
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        shape = (*query.shape[:2], attention.num_heads, attention.head_size)
+        note(query.reshape(shape), key.reshape(shape), attention.scale)
+
+    return module.register_forward_pre_hook(called, with_kwargs=True)
 
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
@@ -77,6 +103,7 @@ class ScoreRecorder:
         spans: where all images stand in one row of the batch, start and stop of each; "row" then
             means the number of an image. Attention is over that image alone, whatever windows
             the block itself attends in (section 4).
+        source: where query and key of a layer come from.
     """
 
     def __init__(
@@ -87,12 +114,14 @@ class ScoreRecorder:
         leading_tokens: int,
         sum_over_ranks: SumOverRanks | None = None,
         spans: Sequence[tuple[int, int]] | None = None,
+        source: Source = of_vllm,
     ) -> None:
         self._layers = layers
         self._heads = heads
         self._leading = leading_tokens
         self._sum_over_ranks = sum_over_ranks
         self._spans = spans
+        self._source = source
 
     @contextmanager
     def recording(
@@ -115,46 +144,38 @@ class ScoreRecorder:
 
     def _listen(
         self, module: nn.Module, item: Wanted, scores: dict[tuple[int, str, int], torch.Tensor]
-    ) -> RemovableHandle:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ) -> Listening:
+        def record(query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
             # A layer is seen once: the output block runs its second part with nothing to score.
             handle.remove()
-            query = args[0] if args else kwargs["query"]
-            key = args[1] if len(args) > 1 else kwargs["key"]
             with SELECTION.running(query.device):
-                note(module, query, key)
+                note(query, key, scale)
 
-        def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-            attention = cast(EncoderAttention, module)
-            shape = (*query.shape[:2], attention.num_heads, attention.head_size)
-            query, key = query.reshape(shape), key.reshape(shape)
+        def note(query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
             if self._spans is None:
                 if item.rows != tuple(range(len(query))):
                     query, key = query[list(item.rows)], key[list(item.rows)]
-                received = list(self._received(attention, query, key, item))
+                received = list(self._received(query, key, scale, item))
             else:
                 spans = [slice(*self._spans[row]) for row in item.rows]
                 received = [
-                    self._received(attention, query[:, span], key[:, span], item)[0]
-                    for span in spans
+                    self._received(query[:, span], key[:, span], scale, item)[0] for span in spans
                 ]
             for row, values in zip(item.rows, received, strict=True):
                 scores[item.layer, item.score, row] = values
 
-        handle = module.register_forward_pre_hook(record, with_kwargs=True)
+        handle = self._source(module, record)
         return handle
 
     def _received(
-        self, module: EncoderAttention, query: torch.Tensor, key: torch.Tensor, item: Wanted
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, item: Wanted
     ) -> torch.Tensor:
         score: Callable[..., torch.Tensor] = attention_received
         if query.device.type == "cuda" and chosen("PRUNING_SCORE_KERNEL") == "triton":
             from hiprune_vllm.pruning import kernel  # noqa: PLC0415  (no Triton without a GPU)
 
             score = kernel.attention_received
-        received = score(query, key, module.scale, from_first_only=item.score == "cls")[
-            :, self._leading :
-        ]
+        received = score(query, key, scale, from_first_only=item.score == "cls")[:, self._leading :]
         if self._sum_over_ranks is not None:
             received = self._sum_over_ranks(received)
         return received / self._heads
