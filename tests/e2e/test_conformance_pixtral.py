@@ -12,5 +12,6 @@ class TestMinistral3(Conformance):
     family = "ministral3"
 
 
+@pytest.mark.long
 class TestPixtral(Conformance):
     family = "pixtral"

@@ -15,6 +15,7 @@ from tests.e2e.offline import (
 from tests.reference.drafts import build_eagle3
 from tests.reference.families import FAMILIES
 
+pytestmark = pytest.mark.long
 FAMILY = FAMILIES["qwen2_5_vl"]
 PLANS = ({"ratio": 1 / 3}, {"tokens": 9, "alpha": 0.5}, {"ratio": 0.4, "method": "stride"}, {})
 CHUNK, TOKENS = 40, 24
