@@ -42,6 +42,7 @@ NAMES = {
     "qwen3_vl_moe": "Qwen3-VL, experts",
     "qwen3_5": "Qwen3.5",
     "qwen3_5_moe": "Qwen3.5, experts",
+    "gemma3": "Gemma 3",
     "glm4v": "GLM-4.1V",
     "glm46v": "GLM-4.6V",
     "glm4v_moe": "GLM-4.5V, experts",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.photos import photo
-from tests.reference import checkpoints, gemma4, glm, pixtral, random_llava
+from tests.reference import checkpoints, gemma3, gemma4, glm, pixtral, random_llava
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
 from tests.reference.qwen import QwenOracle
@@ -53,6 +53,24 @@ class Oracle:
             for image, of_image in zip(images, kept, strict=True)
         ]
         found: torch.Tensor = self.of_model.logprobs(text, images, indices, answer)
+        return found
+
+
+class OracleOfParts(Oracle):
+    """For a Hugging Face half that knows of parts by itself."""
+
+    def allowed(self, image: Image.Image) -> list[list[int]]:
+        allowed: list[list[int]] = self.of_model.allowed(image)
+        return allowed
+
+    def keep(self, image: Image.Image, **plan: Any) -> list[list[int]]:
+        kept: list[list[int]] = self.of_model.keep(image, **plan)
+        return kept
+
+    def logprobs(
+        self, text: str, images: Sequence[Image.Image], kept: Sequence[Kept], answer: Sequence[int]
+    ) -> torch.Tensor:
+        found: torch.Tensor = self.of_model.logprobs(text, images, kept, answer)
         return found
 
 
@@ -224,6 +242,14 @@ def _glm(**own: Any) -> Family:
     )
 
 
+_CROPS: Final = {
+    "landscape": ("chelsea", (640, 300)),  # two crops, half a square each
+    "square": ("astronaut", (224, 224)),
+    "tall": ("rocket", (260, 1100)),  # four crops
+    "tiny": ("chelsea", (30, 20)),
+}
+
+
 FAMILIES: Final = {
     "llava": Family(
         random_llava.build, lambda path: OracleOfTiles(LlavaOracle(path)), "<image>", _TILES
@@ -245,6 +271,14 @@ FAMILIES: Final = {
     "qwen3_vl": _qwen("qwen3_vl"),
     "qwen3_vl_moe": _qwen("qwen3_vl_moe"),
     "qwen3_5": _qwen("qwen3_5", within=0.6, exact=False, **_BF16),
+    "gemma3": Family(
+        gemma3.build,
+        lambda path: OracleOfParts(gemma3.Gemma3Oracle(path, crops=True)),
+        gemma3.PICTURE,
+        _CROPS,
+        pad=gemma3.PICTURE,
+        options={"mm_processor_kwargs": {"do_pan_and_scan": True}},
+    ),
     "glm4v": _glm(),
     "glm46v": _glm(newer=True),
     "glm4v_moe": _glm(experts=True),

@@ -6,6 +6,7 @@ from hiprune_vllm.engine.releases import is_served
 from hiprune_vllm.engine.secret import share
 
 CLASSES: Final = {
+    "Gemma3ForConditionalGeneration": ("gemma3_mm", "gemma3:Gemma3Adapter"),
     "Glm4vForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
     "Glm4vMoeForConditionalGeneration": ("glm4_1v", "glm4v:Glm4vAdapter"),
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),

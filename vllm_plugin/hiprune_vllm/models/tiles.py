@@ -1,13 +1,16 @@
 """CLIP and SigLIP towers of the LLaVA families: square tiles of one size."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from hiprune_vllm.models.base import Batch, FamilyAdapter, TooShallow, Tower, UnsupportedCheckpoint
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.plan import Encoder
+from hiprune_vllm.pruning.budget import spread
 from hiprune_vllm.pruning.scores import default_object_layer
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
@@ -22,6 +25,55 @@ def tile_columns(hf_config: Any) -> int:
     vision = hf_config.vision_config
     columns: int = vision.image_size // vision.patch_size
     return columns
+
+
+def cut_by_tile(
+    tokens: Sequence[int],
+    is_embed: Sequence[bool],
+    keep: int,
+    *,
+    frame: int,
+) -> list[int]:
+    """A placeholder of several tiles, each a run of embeddings of its own, with their shares of N'.
+
+    Args:
+        tokens, is_embed, keep: as for `FamilyAdapter.placeholder`.
+        frame: tokens on either side of a run that go where its tile keeps nothing.
+    """
+    runs, place = [], 0
+    for embed, group in groupby(is_embed):
+        start, place = place, place + len(list(group))
+        if embed:
+            runs.append((start, place))
+    shares = spread(keep, [1] * len(runs), [stop - start for start, stop in runs])
+    cut: list[int] = []
+    place = 0
+    for (start, stop), share in zip(runs, shares, strict=True):
+        if share:
+            cut += tokens[place : start + share]
+            place = stop
+        else:
+            cut += tokens[place : start - frame]
+            place = stop + frame
+    return [*cut, *tokens[place:]]
+
+
+def check_tiles(count: int, most: int) -> None:
+    """Refuses a picture that a request's processor options make larger than any is by itself.
+
+    Args:
+        count: tokens of it.
+        most: that a picture has with the checkpoint's own options.
+
+    Raises:
+        VLLMValidationError: naming both.
+    """
+    if count > most:
+        raise VLLMValidationError(
+            f"mm_processor_kwargs must not cut a picture into that many tiles: {count} tokens, "
+            f"of {most} that one may have",
+            parameter="mm_processor_kwargs",
+        )
 
 
 class TileAdapter(FamilyAdapter):
