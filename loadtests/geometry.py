@@ -29,6 +29,8 @@ QWEN_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+INTERNVL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<video>", "<img>", "</img>")
+INTERNVL_PLACE = "<IMG_CONTEXT>"
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ message['role'] | upper }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -54,6 +56,15 @@ CLIP_SMALL = CLIP_L_336 | {  # ViT-S: the same 24 x 24 patches for a thirteenth 
     "num_hidden_layers": 12,
 }
 NEXT_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+INTERN_VIT_300M = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "attention_bias": True,
+    "image_size": [448, 448],
+    "patch_size": [14, 14],
+}
 QWEN_VISION = {
     "depth": 32,
     "hidden_size": 1280,
@@ -236,9 +247,43 @@ def write_qwen(folder: Path, size: str) -> None:
     )
 
 
+def write_internvl(folder: Path, size: str) -> None:
+    """InternVL: InternViT-300M, 16 x 16 tokens a tile, up to 12 tiles and a thumbnail."""
+    template = CHAT_TEMPLATE.replace("<s>", "").replace("<image>", INTERNVL_PLACE)
+    names = {
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "extra_special_tokens": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": INTERNVL_PLACE,
+            "video_token": "<video>",
+        },
+    }
+    tokenizer = byte_tokenizer((*INTERNVL_TOKENS, INTERNVL_PLACE), names, template)
+    side = {"height": 448, "width": 448}
+    _save(
+        folder,
+        hf.InternVLConfig(
+            vision_config=INTERN_VIT_300M,
+            text_config=hf.Qwen2Config(**_text(size, tokenizer)).to_dict(),
+            image_token_id=tokenizer.convert_tokens_to_ids(INTERNVL_PLACE),
+            tie_word_embeddings=False,
+        ),
+        "InternVLForConditionalGeneration",
+        hf.InternVLProcessor(
+            image_processor=hf.GotOcr2ImageProcessor(size=side),
+            video_processor=hf.InternVLVideoProcessor(size=side),
+            tokenizer=tokenizer,
+            chat_template=template,
+        ),
+    )
+
+
 WRITERS: dict[str, Callable[[Path, str], None]] = {
     "llava": write_llava,
     "llava-next": write_llava_next,
+    "internvl": write_internvl,
     "qwen": write_qwen,
 }
 NAMES = tuple(f"{family}-{size}" for family in WRITERS for size in TEXT_SIZES)

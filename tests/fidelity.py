@@ -36,6 +36,8 @@ NAMES = {
     "pixtral": "Pixtral",
     "gemma4": "Gemma 4",
     "gemma4_moe": "Gemma 4, experts",
+    "internvl": "InternVL",
+    "internvl_hf": "InternVL, other layout",
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",

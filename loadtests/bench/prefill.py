@@ -1,4 +1,4 @@
-"""c and e: time to first token and the language model's prefill, in an engine of this process."""
+"""c, e, g: time to first token and the language model's prefill, in an engine of this process."""
 
 import os
 from collections.abc import Callable
@@ -67,6 +67,41 @@ def floor(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def tiles(run: Run) -> list[dict[str, Any]]:
+    """g: a picture of 12 tiles and a thumbnail, whole and pruned; all of it is encoded."""
+    size = run.largest("1b", "small")
+    llm = _engine(run.folder, f"internvl-{size}", run.dtype)
+    numbers = iter(range(1, 10**6))
+    budgets = (3328, 1024, 256)
+    prompt = f"{geometry.INTERNVL_PLACE}\nWhat is in this picture?"
+
+    def first_token(keep: int) -> float:
+        request = {
+            "prompt": prompt,
+            "multi_modal_data": {"image": picture(next(numbers), 1792, 1344)},
+            "mm_processor_kwargs": {"hiprune": {"tokens": keep}},
+        }
+        return _first_token(run, llm, request)
+
+    times = in_turn(
+        {str(keep): partial(first_token, keep) for keep in budgets},
+        max(1, run.rounds // 2),
+        warm_up=0,
+        name="g",
+    )
+    return [
+        {
+            "benchmark": "g",
+            "what": f"time to first token, 13 tiles of internvl-{size}: 3328 over {keep} tokens",
+            "target": "> 1",
+            "base_seconds": spread(times["3328"]),
+            "seconds": spread(times[str(keep)]),
+            "ratio": ratio(times["3328"], times[str(keep)]),
+        }
+        for keep in budgets[1:]
+    ]
+
+
 def table6(run: Run) -> list[dict[str, Any]]:
     """e: prefill of a language model over LLaVA-NeXT's visual tokens and a short text."""
     size = run.largest(*(["7b"] if run.long else []), "1b", "small")
@@ -101,9 +136,9 @@ def table6(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def picture(seed: int) -> Image.Image:
+def picture(seed: int, width: int = 336, height: int = 336) -> Image.Image:
     """Noise of its own: no cache has seen it."""
-    noise = np.random.default_rng(seed).integers(0, 256, (336, 336, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "d": ("serving", "throughput"),
     "e": ("prefill", "table6"),
     "f": ("serving", "overhead"),
+    "g": ("prefill", "tiles"),
 }
 
 

@@ -52,7 +52,7 @@ async def left_out(
     params = request.build_chat_params(
         renderer.chat_template, renderer.chat_template_content_format
     ).with_defaults(renderer.default_chat_template_kwargs | {"tokenize": False})
-    placeholder = renderer.renderer.get_tokenizer().decode([cause.placeholder])
+    placeholder = renderer.renderer.get_tokenizer().decode(cause.placeholder)
 
     async def places(without: str | None) -> int:
         shown = _unloaded(messages, without)

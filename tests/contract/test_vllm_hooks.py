@@ -13,12 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm
 from vllm.config import CompilationConfig, LoRAConfig, MultiModalConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models import (
     clip,
     glm4_1v,
+    intern_vit,
+    interns1,
+    interns1_vit,
+    internvl,
     llava,
     llava_next,
     pixtral,
@@ -153,6 +158,10 @@ BLOCKS = {
     siglip.SiglipAttention: "d03b76e5a2fd81ec",
     pixtral.PixtralHFTransformerBlock: "6c15518f9204f650",
     pixtral.PixtralHFAttention: "dff7042d5bb7797f",
+    intern_vit.InternVisionEncoderLayer: "99e80ded412e9552",
+    intern_vit.InternParallelAttention: "d125c8d535523b80",
+    interns1_vit.InternS1VisionLayer: "9f0f42e265624dac",
+    interns1_vit.InternSdpaAttention: "776f6e870b2e1e00",
     qwen2_vl.Qwen2VisionBlock: "47cffd95dc980e8e",
     qwen2_vl.Qwen2VisionAttention: "b1bcad56fff52ccf",
     qwen3_vl.Qwen3_VisionBlock: "d6723616ab715d7f",
@@ -171,9 +180,9 @@ def test_the_output_block_still_does_what_it_did_when_it_was_run_for_kept_tokens
     found = hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:16]
     assert found == BLOCKS[module], (
         f"{module.__name__}.forward has changed: read it, and see that every token still depends "
-        "on the others through K and V alone, that Q, K and V come from one linear layer and go "
-        "to self.attn, and that a residual is added to as many rows as came in; then note the new "
-        "digest. Until then serve with PRUNING_LAST_BLOCK=whole."
+        "on the others through K and V alone, that Q, K and V come from the linear "
+        "layers named and go to self.attn, and that a residual is added to as many rows as came "
+        "in; then note the new digest. Until then serve with PRUNING_LAST_BLOCK=whole."
     )
 
 
@@ -262,7 +271,7 @@ def test_without_caches_pictures_have_running_numbers_for_names():
     assert "mm_processor_cache_gb == 0" in source
 
 
-@pytest.mark.parametrize("module", [llava, llava_next])
+@pytest.mark.parametrize("module", [llava, llava_next, internvl, interns1])
 def test_embeddings_of_pictures_come_back_as_they_are(module):
     source = inspect.getsource(module)
     assert 'return image_input["data"]' in source
@@ -306,6 +315,64 @@ def test_llava_next_has_the_parts_that_are_called():
         "image_width",
         "image_height",
     ]
+
+
+def test_internvl_has_the_parts_that_are_called():
+    model, tower = internvl.InternVLChatModel, intern_vit.InternVisionModel
+    assert parameters(model._parse_and_validate_image_input) == ["self", "kwargs"]
+    assert parameters(internvl.InternVLProcessingInfo.get_num_image_tokens) == [
+        "self",
+        "image_width",
+        "image_height",
+        "processor",
+    ]
+    assert parameters(intern_vit.InternVisionEncoder.forward) == ["self", "inputs_embeds"]
+    source = inspect.getsource(tower.forward)
+    assert "hidden_states = self.embeddings(pixel_values)" in source
+    assert "encoder_outputs = self.encoder(inputs_embeds=hidden_states)" in source
+    assert "self.layers = nn.ModuleList(" in inspect.getsource(intern_vit.InternVisionEncoder)
+    made = inspect.getsource(intern_vit.InternParallelAttention)
+    assert "self.attn(q, k, v)" in made
+    assert "qkv, _ = self.qkv(x)" in made
+    of_tiles = inspect.getsource(model.extract_feature)
+    assert "vit_embeds[:, 1:, :]" in of_tiles
+    assert "self.mlp1(vit_embeds)" in of_tiles
+
+
+def test_internvl_in_the_other_layout_has_the_parts_that_are_called():
+    model = interns1.InternS1ForConditionalGeneration
+    assert parameters(model._parse_and_validate_image_input) == ["self", "kwargs"]
+    assert parameters(interns1.InternS1ProcessingInfo.get_num_image_tokens) == [
+        "self",
+        "image_width",
+        "image_height",
+        "processor",
+        "mm_kwargs",
+    ]
+    assert parameters(interns1_vit.InternS1VisionModel.forward)[1] == "pixel_values"
+    assert "self.layer = nn.ModuleList(" in inspect.getsource(interns1_vit.InternS1VisionEncoder)
+    made = inspect.getsource(interns1_vit.InternSdpaAttention)
+    assert "self.attn(q, k, v)" in made
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert f"self.{name} = nn.Linear(" in made
+    of_tiles = inspect.getsource(model.extract_feature)
+    assert "vit_embeds[:, 1:, :]" in of_tiles
+    assert "self.multi_modal_projector(vit_embeds)" in of_tiles
+
+
+@pytest.mark.parametrize(
+    "model", [internvl.InternVLChatModel, interns1.InternS1ForConditionalGeneration]
+)
+def test_internvls_tokens_are_squares_of_patches_row_by_row(model):
+    """What a token's patches are, and their order in its features."""
+    rows, columns = 4, 6
+    patches = torch.arange(rows * columns).view(1, rows, columns, 1)
+    as_v2 = SimpleNamespace(ps_version="v2")
+    shuffled = model.pixel_shuffle(as_v2, patches, 0.5).flatten(1, 2)[0]
+    for token, made in enumerate(shuffled.tolist()):
+        row, column = divmod(token, columns // 2)
+        first = 2 * row * columns + 2 * column
+        assert made == [first, first + 1, first + columns, first + columns + 1]
 
 
 QWEN = {

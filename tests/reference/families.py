@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.photos import photo
-from tests.reference import checkpoints, gemma3, gemma4, glm, pixtral, random_llava
+from tests.reference import checkpoints, gemma3, gemma4, glm, internvl, pixtral, random_llava
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
 from tests.reference.qwen import QwenOracle
@@ -116,6 +116,26 @@ class OracleOfAnyres(OracleOfTiles):
         return visual
 
 
+class OracleOfFlatTiles(OracleOfTiles):
+    """For InternVL: tiles one after another, all of which show the picture."""
+
+    def full(self, image: Image.Image) -> int:
+        count: int = self.of_model.count(image)
+        return count
+
+    def allowed(self, image: Image.Image) -> list[list[int]]:
+        tile = list(range(self.of_model.columns**2))
+        return [tile] * (self.full(image) // len(tile))
+
+    def keep(self, image: Image.Image, **plan: Any) -> list[list[int]]:
+        kept: list[list[int]] = self.of_model.keep(image, **plan)
+        return kept
+
+    def visual(self, image: Image.Image, kept: Kept) -> torch.Tensor:
+        embeddings: torch.Tensor = self.of_model.embeddings(image, kept)
+        return embeddings
+
+
 Pictures = Mapping[str, tuple[str, tuple[int, int]]]
 """Name -> a photograph and the width and height that it is scaled to."""
 
@@ -185,6 +205,13 @@ _ANYRES: Final = {
     "narrow": ("rocket", (120, 900)),  # most of 3x1 is padding
     "wide": ("coffee", (1000, 300)),
 }
+_CUT: Final = {  # of four tiles at most, and a thumbnail
+    "1x2": ("coffee", (600, 400)),
+    "whole": ("astronaut", (224, 224)),
+    "2x2": ("hubble", (900, 900)),
+    "tiny": ("chelsea", (30, 20)),
+    "strip": ("rocket", (41, 8000)),
+}
 SHAPES: Final = {
     "square": ("astronaut", (224, 224)),
     "landscape": ("chelsea", (451, 300)),
@@ -194,6 +221,16 @@ SHAPES: Final = {
     "huge": ("hubble", (2600, 1900)),
     "strip": ("coffee", (8000, 41)),  # rows of more than 256 tokens
 }
+
+
+def _internvl(build: Callable[[Path], None], image: str, **options: Any) -> Family:
+    return Family(
+        build,
+        lambda path: OracleOfFlatTiles(internvl.InternVLOracle(path)),
+        image,
+        _CUT,
+        options={"max_model_len": 8192, **options},
+    )
 
 
 def _qwen(name: str, **own: Any) -> Family:
@@ -266,6 +303,8 @@ FAMILIES: Final = {
     "pixtral": _pixtral("pixtral"),
     "gemma4": _gemma4(),
     "gemma4_moe": _gemma4(experts=True),
+    "internvl": _internvl(internvl.build_chat, "<image>", trust_remote_code=True),
+    "internvl_hf": _internvl(internvl.build_hf, "<IMG_CONTEXT>"),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
     "qwen3_vl": _qwen("qwen3_vl"),

@@ -18,8 +18,14 @@ def test_every_checkpoint_has_its_configuration_and_a_processor_that_counts_toke
     )
     inputs = processor(images=[Image.new("RGB", (672, 672))], text=[prompt])
     token = getattr(config, "image_token_id", None) or config.image_token_index
-    # One tile; a base tile and 2 x 2 with a newline a row; 48 x 48 patches merged by 4.
-    expected = {"llava": 576, "llava-next": 576 + 48 * 49, "qwen": 24 * 24}
+    # One tile; a base tile and 2 x 2 with a newline a row; 2 x 2 tiles and a thumbnail of 16 x 16;
+    # 48 x 48 patches merged by 4.
+    expected = {
+        "llava": 576,
+        "llava-next": 576 + 48 * 49,
+        "internvl": 5 * 256,
+        "qwen": 24 * 24,
+    }
     assert sum(i == token for i in inputs["input_ids"][0]) == expected[name.rpartition("-")[0]]
     assert config.architectures[0].endswith("ForConditionalGeneration")
     assert config.text_config.vocab_size == len(processor.tokenizer) == geometry.VOCABULARY

@@ -40,12 +40,34 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 40), nn.GELU(), nn.Linear(40, WIDTH))
         self.attn, self.attends = Attention(backend), attends
 
+    @property
+    def projections(self):
+        return [self.qkv]
+
+    def made(self, x):
+        made, _ = self.qkv(x)
+        return made.chunk(3, dim=-1)
+
     def forward(self, x, turn=1.0):
         if self.attends:
-            made, _ = self.qkv(self.norm1(x))
-            query, key, value = made.chunk(3, dim=-1)
+            query, key, value = self.made(self.norm1(x))
             x = x + self.out(self.attn(query * turn, key, value))
         return x + self.mlp(self.norm2(x))
+
+
+class ThreeProjections(Block):
+    """Plain linear layers, as in InternS1's tower."""
+
+    def __init__(self, backend="TORCH_SDPA"):
+        super().__init__(backend)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    @property
+    def projections(self):
+        return [self.q, self.k, self.v]
+
+    def made(self, x):
+        return self.q(x), self.k(x), self.v(x)
 
 
 @pytest.fixture
@@ -59,14 +81,20 @@ ROWS = [torch.tensor([0, 4, 9]), torch.tensor([5]), torch.arange(10)]
 def shortened(block, choose=None, **options):
     kept = [Kept(i * 10, (i + 1) * 10, rows) for i, rows in enumerate(ROWS)]
     return kept_only(
-        block, block.qkv, block.attn, choose or (lambda: kept), within_images=True, **options
+        block,
+        block.projections,
+        block.attn,
+        choose or (lambda: kept),
+        within_images=True,
+        **options,
     )
 
 
+@pytest.mark.parametrize("kind", [Block, ThreeProjections])
 @pytest.mark.parametrize("backend", ["TORCH_SDPA", "FLASH_ATTN"])
 @torch.no_grad()
-def test_kept_rows_are_what_the_whole_block_makes_of_them(backend, states):
-    block = Block(backend)
+def test_kept_rows_are_what_the_whole_block_makes_of_them(backend, kind, states):
+    block = kind(backend)
     whole = block(states)
     block.attn.queries.clear()
     with shortened(block):

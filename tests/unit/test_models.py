@@ -2,12 +2,19 @@
 
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
+import torch
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import TooShallow, UnsupportedCheckpoint
+from hiprune_vllm.models.base import Grid, TooShallow, UnsupportedCheckpoint
 from hiprune_vllm.models.glm4v import Glm4vAdapter
+from hiprune_vllm.models.internvl import (
+    InternVLAdapter,
+    InternVLChatAdapter,
+    arranged,
+)
 from hiprune_vllm.models.llava import LlavaAdapter
 from hiprune_vllm.models.llava_next import LlavaNextAdapter, picture_region, tile_regions
 from hiprune_vllm.models.pixtral import Mistral3Adapter, PixtralAdapter
@@ -57,6 +64,76 @@ def test_glms_object_layer_is_half_its_depth():
     vision = SimpleNamespace(vision_config=SimpleNamespace(depth=24, spatial_merge_size=2))
     assert Glm4vAdapter().encoder(vision) == Encoder("glm4v", 24, 12, False, free_sizes=True)
     assert Glm4vAdapter().grids(vision, (1, 8, 12)) == [(4, 6, None)]
+
+
+def internvl(**changes):
+    vision = {"num_hidden_layers": 24, "image_size": 448, "patch_size": 14}
+    chat = {
+        "ps_version": "v2",
+        "select_layer": -1,
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+    }
+    chat |= changes
+    return SimpleNamespace(vision_config=SimpleNamespace(**vision), **chat)
+
+
+def test_internvls_object_layer_is_half_its_depth():
+    expected = Encoder("internvl", 24, 12, has_cls=True, tiles=(1, 12))
+    chat = InternVLChatAdapter()
+    assert chat.encoder(internvl()) == chat.encoder(internvl(select_layer=23)) == expected
+    assert chat.encoder(internvl(select_layer=-4)).output_layer == 21
+    assert chat.encoder(internvl(dynamic_image_size=False)).tiles is None
+    assert chat.grids(internvl(), (13,)) == [Grid(16, 16)] * 13
+    vision = SimpleNamespace(num_hidden_layers=24, image_size=[448, 448], patch_size=[14, 14])
+    config = SimpleNamespace(vision_config=vision, downsample_ratio=0.5)
+    assert InternVLAdapter().encoder(config) == expected
+    assert InternVLAdapter().grids(config, (1,)) == [Grid(16, 16)]
+
+
+def test_internvls_tokens_by_columns_and_of_broken_patches_are_refused():
+    with pytest.raises(UnsupportedCheckpoint, match="ps_version 'v1'"):
+        InternVLChatAdapter().encoder(internvl(ps_version="v1"))
+    with pytest.raises(UnsupportedCheckpoint, match="32 patches in a row and downsample"):
+        InternVLChatAdapter().encoder(internvl(downsample_ratio=0.3))
+    with pytest.raises(TooShallow, match="depth 24"):
+        InternVLChatAdapter().encoder(internvl(select_layer=-14))
+
+
+@pytest.mark.parametrize("most", [12, 40])
+def test_a_picture_that_may_have_few_tiles_is_scaled_to_the_best_grid_of_so_few(most):
+    """However many the checkpoint lets it have, or the operator."""
+    chat, config = InternVLChatAdapter(), internvl()
+    for width, height in ((4000, 3000), (300, 5000), (2000, 2000), (900, 850), (7, 5), (1, 1)):
+        picture = PIL.Image.new("RGB", (width, height))
+        across, down = chat._grid(config, picture, most)
+        for tiles in range(1, 13):
+            fitted = chat.fitted(config, picture, tiles)
+            assert chat._grid(config, fitted, most) == chat._grid(config, picture, tiles)
+            if most == 40 and across * down <= tiles:
+                assert fitted is picture
+
+
+def test_both_layouts_cut_a_picture_alike():
+    chat, other = InternVLChatAdapter(), InternVLAdapter()
+    vision = SimpleNamespace(image_size=[448, 448], patch_size=[14, 14])
+    for width, height in ((640, 480), (1000, 100), (41, 8000), (900, 900), (3, 3)):
+        picture = PIL.Image.new("RGB", (width, height))
+        of_other = other._grid(SimpleNamespace(vision_config=vision), picture, 12)
+        assert chat._grid(internvl(), picture, 12) == of_other
+
+
+def test_the_grid_of_tiles_is_found_by_the_thumbnail():
+    pictures = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))
+    for down, across in ((2, 3), (3, 2), (1, 6), (6, 1)):
+        size = down * 16, across * 16
+        large = torch.nn.functional.interpolate(pictures[None], size, mode="bilinear")[0]
+        cut = large.unflatten(1, (down, 16)).unflatten(3, (across, 16))
+        tiles = cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
+        small = torch.nn.functional.interpolate(pictures[None], (16, 16), mode="bilinear")
+        assert arranged(torch.cat([tiles, small])) == (down, across)
 
 
 def test_a_token_of_qwen3_vl_has_the_columns_of_earlier_blocks_behind_its_own():

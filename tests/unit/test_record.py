@@ -89,14 +89,28 @@ def test_per_rank_sums_are_added_before_the_mean_over_heads():
         return parts[0] + parts[1]
 
     layer = Attention()
+    layer.num_heads = 2
     with recorder([layer], sum_over_ranks=total).recording(
         [Wanted(1, "global", (0, 1, 2))]
     ) as scores:
-        layer(query, key, value)
+        layer(q, k, value)
     for row in range(3):
         torch.testing.assert_close(
             scores[1, "global", row], expected(query, key, row), rtol=1e-5, atol=1e-6
         )
+
+
+def test_ranks_that_hold_all_heads_add_nothing_up():
+    """Where heads do not split over the ranks, as 25 over two."""
+    layer = Attention()
+    query, key, value = tensors()
+    with recorder([layer], sum_over_ranks=lambda part: 2 * part).recording(
+        [Wanted(1, "global", (0,))]
+    ) as scores:
+        layer(query, key, value)
+    torch.testing.assert_close(
+        scores[1, "global", 0], expected(query, key, 0), rtol=1e-5, atol=1e-6
+    )
 
 
 def budget(method="hiprune", layer=3, score="global", keep=64):

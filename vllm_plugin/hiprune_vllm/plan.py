@@ -34,10 +34,10 @@ class PlanError(ValueError):
 class PicturesLeftOut(PlanError):
     """Pictures that have no place in the prompt: a chat template drops them, or it was cut.
 
-    `placeholder` is the token that marks a place.
+    `placeholder` are the tokens that mark a place.
     """
 
-    def __init__(self, field: str, message: str, placeholder: int) -> None:
+    def __init__(self, field: str, message: str, placeholder: Sequence[int]) -> None:
         super().__init__(field, message)
         self.placeholder = placeholder
 

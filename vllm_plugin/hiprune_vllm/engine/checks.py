@@ -1,6 +1,6 @@
 """What the front end asks of a request's pictures before anything of them goes to the engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -93,7 +93,11 @@ def refuse_without_tensors(images: Any, parser: Any) -> None:
             )
 
 
-def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+def check_places(
+    prompt: Sequence[int],
+    updates: Mapping[str, Sequence[Sequence[Any]]],
+    decode: Callable[[Sequence[int]], str],
+) -> None:
     """Refuses a prompt that does not have one placeholder for each picture (or video).
 
     With fewer a template has left pictures out or the prompt was cut. With more vLLM would put the
@@ -102,16 +106,17 @@ def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[
     Args:
         prompt: token ids.
         updates: by modality, one list an item, of vLLM's resolved updates.
+        decode: the tokenizer's.
 
     Raises:
         VLLMValidationError: caused by a `PicturesLeftOut` where there are fewer.
     """
     for modality, of_items in updates.items():
         found = [update.target for of_item in of_items for update in of_item]
-        if not all(isinstance(target, list) and len(target) == 1 for target in found):
-            continue  # a model that is not pruned, and marks places by more than one token
-        targets = {target[0] for target in found}
-        places = sum(prompt.count(target) for target in targets)
+        if not all(isinstance(target, list) for target in found):
+            continue  # a model that is not pruned, and marks no places
+        targets = {tuple(target) for target in found}
+        places = sum(_count(prompt, target, decode) for target in targets)
         if places > len(of_items):
             raise VLLMValidationError(
                 f"messages must not have the {modality} placeholder in their text, got {places} "
@@ -123,9 +128,18 @@ def check_places(prompt: Sequence[int], updates: Mapping[str, Sequence[Sequence[
                 "messages",
                 f"must have their pictures where the model's chat template takes them: the prompt "
                 f"has {places} places for {len(of_items)} {modality} items",
-                next(iter(targets)),
+                list(next(iter(targets))),
             )
             raise VLLMValidationError(str(left_out), parameter=left_out.field) from left_out
+
+
+def _count(
+    prompt: Sequence[int], target: tuple[int, ...], decode: Callable[[Sequence[int]], str]
+) -> int:
+    """How often a placeholder is in a prompt; one of several tokens, as vLLM, in its text."""
+    if len(target) == 1:
+        return prompt.count(target[0])
+    return decode(prompt).count(decode(list(target)))
 
 
 def not_at_hand(index: int) -> VLLMValidationError:

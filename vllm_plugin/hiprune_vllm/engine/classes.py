@@ -30,12 +30,15 @@ def __getattr__(architecture: str) -> Any:
     if architecture not in CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {architecture!r}")
     module, adapter = CLASSES[architecture]
-    vllm_class = resolve_name(f"vllm.model_executor.models.{module}:{architecture}")
+    module, _, name = module.partition(":")
+    vllm_class = resolve_name(f"vllm.model_executor.models.{module}:{name or architecture}")
     family: FamilyAdapter = resolve_name(f"hiprune_vllm.models.{adapter}")()
     mixin = PrunedMRopeModel if family.mrope else PrunedModel
     # It goes by the name of vLLM's own: vLLM's proposer looks that up in a list to find out where
     # the configuration of a model with a text-only draft has its image token.
-    made = type(architecture, (mixin, vllm_class), {"family": family, "__module__": __name__})
+    made = type(
+        vllm_class.__name__, (mixin, vllm_class), {"family": family, "__module__": __name__}
+    )
     globals()[architecture] = _registered(made, vllm_class, family)
     return made
 

@@ -105,9 +105,8 @@ def views(info: Any, inputs: Any) -> list[tuple[int, int, int, np.ndarray]]:
     (item,) = inputs["mm_kwargs"]["image"]
     data = {name: tensor for name, tensor in item.get_data().items() if name != BUDGET_FIELD}
     images = info.get_hf_processor().image_processor
-    found = info.pruning.family.views(
-        info.get_hf_config(), data, tuple(images.image_mean), tuple(images.image_std)
-    )
+    family = info.pruning.family
+    found = family.views(info.get_hf_config(), data, *family.colours(images))
     return [
         (view.number, view.left, view.top, (view.pixels * 255).round().to(torch.uint8).numpy())
         for view in found

@@ -261,7 +261,9 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         return hashes
 
     def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
-        check_places(token_ids, mm_prompt_updates)
+        check_places(
+            token_ids, mm_prompt_updates, lambda ids: self.info.get_tokenizer().decode(ids)
+        )
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
     def _get_cache_missing_processor_kwargs(

@@ -12,6 +12,11 @@ CLASSES: Final = {
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
     "Gemma4ForConditionalGeneration": ("gemma4_mm", "gemma4:Gemma4Adapter"),
     "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
+    "InternVLChatModel": ("internvl", "internvl:InternVLChatAdapter"),
+    "InternVLForConditionalGeneration": (
+        "interns1:InternS1ForConditionalGeneration",
+        "internvl:InternVLAdapter",
+    ),
     "Mistral3ForConditionalGeneration": ("mistral3", "pixtral:Mistral3Adapter"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl:Qwen25VLAdapter"),
@@ -20,9 +25,9 @@ CLASSES: Final = {
     "Qwen3_5ForConditionalGeneration": ("qwen3_5", "qwen3_vl:Qwen35Adapter"),
     "Qwen3_5MoeForConditionalGeneration": ("qwen3_5", "qwen3_vl:Qwen35Adapter"),
 }
-"""Architecture of a checkpoint, which is the name of vLLM's class of it -> that class's module,
-below `vllm.model_executor.models`, and the family's adapter, below `hiprune_vllm.models`. From
-these `engine.classes` makes the class that serves it."""
+"""Architecture of a checkpoint -> the module of vLLM's class of it, below
+`vllm.model_executor.models`, with the class's name where that is another one, and the family's
+adapter, below `hiprune_vllm.models`. From these `engine.classes` makes the class that serves it."""
 
 
 def register_models() -> None:

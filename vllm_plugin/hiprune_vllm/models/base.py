@@ -76,8 +76,9 @@ class Tower(NamedTuple):
     Attributes:
         blocks: those that run, in order; the last one is the output layer.
         attention: name of a block's encoder attention.
-        qkv: name of a block's linear layer that makes Q, K and V together; empty where the last
-            block cannot be cut short at its attention, so that it runs whole.
+        qkv: name of a block's linear layer that makes Q, K and V together, or names of those that
+            make one each; empty where the last block cannot be cut short at its attention, so that
+            it runs whole.
         heads: H, attention heads of a block over all ranks.
         leading: tokens before those of a part (1 with a CLS token), which vLLM takes off again.
         packed: whether all parts stand in one row of the batch; else each is one.
@@ -95,7 +96,7 @@ class Tower(NamedTuple):
 
     blocks: Sequence[Any]
     attention: str
-    qkv: str
+    qkv: str | tuple[str, ...]
     heads: int
     leading: int = 0
     packed: bool = False
@@ -277,6 +278,10 @@ class FamilyAdapter(ABC):
             (kept,) int64, places in the concatenation of the parts; None where they are in order.
         """
         return None
+
+    def colours(self, image_processor: Any) -> tuple[Colour, Colour]:
+        """Mean and standard deviation that the checkpoint's processor normalises pixels by."""
+        return tuple(image_processor.image_mean), tuple(image_processor.image_std)
 
     @abstractmethod
     def views(

@@ -269,9 +269,10 @@ def _ending(tower: Tower, select: Callable[[], Sequence[Kept]]) -> AbstractConte
     block = tower.blocks[-1]
     if not tower.qkv or chosen("PRUNING_LAST_BLOCK") == "whole":
         return kept_after(block, select, spare_rows=tower.leading)
+    names = (tower.qkv,) if isinstance(tower.qkv, str) else tower.qkv
     return kept_only(
         block,
-        block.get_submodule(tower.qkv),
+        [block.get_submodule(name) for name in names],
         block.get_submodule(tower.attention),
         select,
         spare_rows=tower.leading,

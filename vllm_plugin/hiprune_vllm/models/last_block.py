@@ -53,7 +53,7 @@ class _AtAttention(Exception):
 @contextmanager
 def kept_only(
     block: nn.Module,
-    projection: nn.Module,
+    projections: Sequence[nn.Module],
     attention: nn.Module,
     choose: Callable[[], Sequence[Kept]],
     *,
@@ -68,7 +68,7 @@ def kept_only(
 
     Args:
         block: a transformer block of vLLM's that calls `attention` once.
-        projection: its linear layer that makes Q, K and V together.
+        projections: its linear layer that makes Q, K and V together, or those that make one each.
         attention: its encoder attention, called with query, key and value.
         choose: called once Q and K were seen by all hooks of `attention`.
         spare_rows: rows (of no meaning) to return before the others.
@@ -90,11 +90,9 @@ def kept_only(
         kept = choose()
         rows = _rows(kept)
         context = _with_spare(_attended(attention, seen, kept, rows, within_images), spare_rows)
-        width = sum(tensor.shape[2:].numel() for tensor in (seen.query, seen.key, seen.value))
-
-        def made_already(states: torch.Tensor) -> tuple[torch.Tensor, None]:
-            # In memory, though nothing reads them: some blocks gather them from all ranks first.
-            return states.new_zeros(*states.shape[:-1], width), None
+        widths = [tensor.shape[2:].numel() for tensor in (seen.query, seen.key, seen.value)]
+        if len(projections) == 1:
+            widths = [sum(widths)]
 
         def attended(*_: Any, **__: Any) -> torch.Tensor:
             return context[None]
@@ -104,7 +102,10 @@ def kept_only(
             one[rows] if name in by_row else one for name, one in zip(names, args, strict=False)
         ]
         others = {name: one[rows] if name in by_row else one for name, one in kwargs.items()}
-        with _instead(projection, made_already), _instead(attention, attended):
+        with ExitStack() as stack:
+            for projection, width in zip(projections, widths, strict=True):
+                stack.enter_context(_instead(projection, _made_already(projection, width)))
+            stack.enter_context(_instead(attention, attended))
             return run(few, *some, **others)
 
     with _instead(block, shortened):
@@ -191,6 +192,17 @@ def put_off(
         for module in modules:
             stack.enter_context(_instead(module, noting(module)))
         yield made
+
+
+def _made_already(projection: nn.Module, width: int) -> Callable[[torch.Tensor], Any]:
+    """Instead of a linear layer: zeros of its shape, with a bias beside them where it is vLLM's."""
+
+    def zeros(states: torch.Tensor) -> Any:
+        # In memory, though nothing reads them: some blocks gather them from all ranks first.
+        made = states.new_zeros(*states.shape[:-1], width)
+        return made if isinstance(projection, nn.Linear) else (made, None)
+
+    return zeros
 
 
 def _rows(kept: Sequence[Kept]) -> torch.Tensor:

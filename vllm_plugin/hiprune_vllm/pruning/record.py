@@ -176,6 +176,7 @@ class ScoreRecorder:
 
             score = kernel.attention_received
         received = score(query, key, scale, from_first_only=item.score == "cls")[:, self._leading :]
-        if self._sum_over_ranks is not None:
+        # Where its heads do not split over the ranks each has all of them, and the whole sum.
+        if self._sum_over_ranks is not None and query.shape[2] < self._heads:
             received = self._sum_over_ranks(received)
         return received / self._heads

@@ -1,0 +1,12 @@
+import pytest
+
+from tests.e2e.conformance import Conformance
+
+
+class TestInternVLChat(Conformance):
+    family = "internvl"
+
+
+@pytest.mark.long
+class TestInternVL(Conformance):
+    family = "internvl_hf"
