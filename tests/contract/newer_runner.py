@@ -131,6 +131,7 @@ def a_config(ours=True):
     from hiprune_vllm.engine.compat import carry_positions_with_embeddings
 
     model = SimpleNamespace(
+        hf_config=None,  # the family of the stand-in does not ask
         multimodal_config=MultiModalConfig(),
         uses_mrope=True,
         mrope_num_dims=3,

@@ -443,7 +443,10 @@ def a_stage():
     config.compilation_config.compile_mm_encoder = False
     config.ec_manager_config = SimpleNamespace(encoder_cache_manager_cls=ENCODER_BUDGET)
     config.speculative_config = config.lora_config = None
-    return type("Stage", (PrunedMRopeModel, OfVllm), {})(vllm_config=config, prefix="")
+    from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
+
+    own = {"family": Qwen25VLAdapter()}
+    return type("Stage", (PrunedMRopeModel, OfVllm), own)(vllm_config=config, prefix="")
 
 
 def a_graph(stage, first, state, received):

@@ -155,7 +155,7 @@ class Conformance:
         stay += range(first + image, whole.shape[1])
         assert len(kept) == 10
         assert torch.equal(pruned, whole[:, stay])
-        assert found["pruned"]["tokens"] != found["whole"][1]["tokens"]
+        assert found["pruned"]["logprobs"] != found["whole"][1]["logprobs"]
 
     def test_an_image_that_is_encoded_again_keeps_its_tokens(self, results):
         again = results["again"]

@@ -3,6 +3,7 @@ import pytest
 from tests.e2e.conformance import Conformance
 
 
+@pytest.mark.long
 class TestInternVLChat(Conformance):
     family = "internvl"
 

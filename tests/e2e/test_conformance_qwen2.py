@@ -1,6 +1,9 @@
+import pytest
+
 from tests.e2e.conformance import Conformance
 
 
+@pytest.mark.long
 class TestQwen2VL(Conformance):
     family = "qwen2_vl"
 
