@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from openai import OpenAI
+import pytest
+from openai import BadRequestError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
@@ -64,6 +65,22 @@ class Server:
             messages=[{"role": "user", "content": content(images, text)}],
             **{"temperature": 0, "max_tokens": 8, **options},
         )
+
+
+def check_budgets_are_refused(server: Server, image: Any, reason: str) -> None:
+    """Wherever a budget may stand it is a 400 with that reason, by its place."""
+    with pytest.raises(BadRequestError) as refused:
+        server.ask([image], extra_body={"hiprune": {"tokens": 8}})
+    assert refused.value.param == "hiprune"
+    assert reason in refused.value.body["message"]
+    part = content([image])[1] | {"hiprune": {"tokens": 8}}
+    body = {"model": server.model, "messages": [{"role": "user", "content": [part]}]}
+    told = server.post("/v1/chat/completions", body)
+    assert told.status_code == 400
+    assert told.json()["error"]["param"] == "messages[0].content[0].hiprune"
+    told = server.post("/v1/hiprune/explain", {"image_url": data_url(image)})
+    assert told.status_code == 400
+    assert reason in told.json()["error"]["message"]
 
 
 def content(images: Sequence[Any], text: str = "What is this?") -> list[Any]:

@@ -2,9 +2,8 @@
 
 import httpx
 import pytest
-from openai import BadRequestError
 
-from tests.e2e.serving import content, running, serve
+from tests.e2e.serving import check_budgets_are_refused, running, serve
 from tests.photos import data_url, photo
 
 REASON = "pruning is switched off (HIPRUNE_DISABLE)"
@@ -59,15 +58,4 @@ def test_every_api_serves_pictures_whole(server):
 
 
 def test_a_budget_is_a_400_that_says_that_pruning_is_off(server):
-    with pytest.raises(BadRequestError) as refused:
-        server.ask([CAT], extra_body={"hiprune": {"tokens": 64}})
-    assert refused.value.param == "hiprune"
-    assert REASON in refused.value.body["message"]
-    part = content([CAT])[1] | {"hiprune": {"tokens": 64}}
-    body = {"model": server.model, "messages": [{"role": "user", "content": [part]}]}
-    told = server.post("/v1/chat/completions", body)
-    assert told.status_code == 400
-    assert told.json()["error"]["param"] == "messages[0].content[0].hiprune"
-    told = server.post("/v1/hiprune/explain", {"image_url": data_url(CAT)})
-    assert told.status_code == 400
-    assert REASON in told.json()["error"]["message"]
+    check_budgets_are_refused(server, CAT, REASON)

@@ -2,11 +2,10 @@
 
 import httpx
 import pytest
-from openai import BadRequestError
 
 from hiprune_vllm.models.unserved import UNSERVED
-from tests.e2e.serving import content, running, serve
-from tests.photos import data_url, photo
+from tests.e2e.serving import check_budgets_are_refused, running, serve
+from tests.photos import photo
 from tests.reference.blip2 import QUERIES, build_blip2
 
 CAT = photo("chelsea")
@@ -35,16 +34,5 @@ def test_pictures_are_served_whole(server):
 
 
 def test_a_budget_is_a_400_that_says_why(server):
-    with pytest.raises(BadRequestError) as refused:
-        server.ask([CAT], extra_body={"hiprune": {"tokens": 8}})
-    assert refused.value.param == "hiprune"
-    assert REASON in refused.value.body["message"]
-    part = content([CAT])[1] | {"hiprune": {"tokens": 8}}
-    body = {"model": server.model, "messages": [{"role": "user", "content": [part]}]}
-    told = server.post("/v1/chat/completions", body)
-    assert told.status_code == 400
-    assert told.json()["error"]["param"] == "messages[0].content[0].hiprune"
-    told = server.post("/v1/hiprune/explain", {"image_url": data_url(CAT)})
-    assert told.status_code == 400
-    assert REASON in told.json()["error"]["message"]
+    check_budgets_are_refused(server, CAT, REASON)
     assert server.ask([CAT]).usage.prompt_tokens > QUERIES

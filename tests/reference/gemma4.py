@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.reference import paper, random_llava
+from tests.reference.one_grid import OneGrid
 
 SPECIAL: Final = {
     "pad_token": "<pad>",
@@ -187,7 +188,7 @@ class Encoding(NamedTuple):
     features: torch.Tensor
 
 
-class GemmaOracle:
+class GemmaOracle(OneGrid):
     """Hugging Face's model.
 
     Attributes:
@@ -204,6 +205,7 @@ class GemmaOracle:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.depth = self.model.config.vision_config.num_hidden_layers
+        self.object_layer = self.depth // 2
         self._seen: dict[tuple[Any, ...], Encoding] = {}
 
     @torch.inference_mode()
@@ -245,26 +247,6 @@ class GemmaOracle:
 
     def count(self, image: Image.Image) -> int:
         return len(self._encode(image).features)
-
-    def keep(
-        self,
-        image: Image.Image,
-        *,
-        ratio: float | None = None,
-        tokens: int | None = None,
-        alpha: float = 0.1,
-        buffer: str = "cross",
-        object_layer: int | None = None,
-    ) -> list[int]:
-        total = self.count(image)
-        return paper.select(
-            self.scores(image, object_layer or self.depth // 2),
-            self.scores(image, self.depth),
-            keep=min(tokens, total) if tokens else max(1, round((ratio or 1.0) * total)),
-            alpha=alpha,
-            columns=self.columns(image),
-            buffer=buffer,
-        )
 
     @torch.inference_mode()
     def logprobs(

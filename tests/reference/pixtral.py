@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.reference import checkpoints, paper, random_llava
+from tests.reference.one_grid import OneGrid
 
 SPECIAL_TOKENS: Final = (
     "<unk>",
@@ -131,7 +132,7 @@ class Encoding(NamedTuple):
     columns: int
 
 
-class PixtralOracle:
+class PixtralOracle(OneGrid):
     """A checkpoint in fp32; its tokens are chosen by the slow transcription of the paper."""
 
     def __init__(self, path: Path) -> None:
@@ -189,26 +190,8 @@ class PixtralOracle:
     def count(self, image: Image.Image) -> int:
         return len(self._encode(image).tokens)
 
-    def keep(
-        self,
-        image: Image.Image,
-        *,
-        ratio: float | None = None,
-        tokens: int | None = None,
-        alpha: float = 0.1,
-        buffer: str = "cross",
-        object_layer: int | None = None,
-    ) -> list[int]:
-        total = self.count(image)
-        keep = min(tokens, total) if tokens else max(1, round((ratio or 1.0) * total))
-        return paper.select(
-            self.scores(image, object_layer or self.object_layer),
-            self.scores(image, self.depth),
-            keep=keep,
-            alpha=alpha,
-            columns=self._encode(image).columns,
-            buffer=buffer,
-        )
+    def columns(self, image: Image.Image) -> int:
+        return self._encode(image).columns
 
     def _embedded(self, *tokens: str) -> torch.Tensor:
         ids = self.processor.tokenizer.convert_tokens_to_ids(list(tokens))

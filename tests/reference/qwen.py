@@ -11,6 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_window_index
 
 from tests.reference import paper
+from tests.reference.one_grid import OneGrid
 
 
 class Encoding(NamedTuple):
@@ -44,7 +45,7 @@ class Prompt(NamedTuple):
     levels: list[torch.Tensor]
 
 
-class QwenOracle:
+class QwenOracle(OneGrid):
     pad = "<|image_pad|>"  # what a prompt has for an image
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -53,6 +54,7 @@ class QwenOracle:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.depth = self.model.config.vision_config.depth
+        self.object_layer = self.depth // 2
         self._seen: dict[tuple[Any, bytes], Encoding] = {}
 
     def inputs(self, image: Image.Image) -> Any:
@@ -107,26 +109,8 @@ class QwenOracle:
     def count(self, image: Image.Image) -> int:
         return int(self._encode(image).grid.prod()) // 4
 
-    def keep(
-        self,
-        image: Image.Image,
-        *,
-        ratio: float | None = None,
-        tokens: int | None = None,
-        alpha: float = 0.1,
-        buffer: str = "cross",
-        object_layer: int | None = None,
-    ) -> list[int]:
-        total = self.count(image)
-        keep = min(tokens, total) if tokens else max(1, round((ratio or 1.0) * total))
-        return paper.select(
-            self.scores(image, object_layer or self.depth // 2),
-            self.scores(image, self.depth),
-            keep=keep,
-            alpha=alpha,
-            columns=int(self._encode(image).grid[0, 2]) // 2,
-            buffer=buffer,
-        )
+    def columns(self, image: Image.Image) -> int:
+        return int(self._encode(image).grid[0, 2]) // 2
 
     @torch.inference_mode()
     def prompt(

@@ -158,12 +158,13 @@ class PrunedModel(torch.nn.Module):
     ) -> list[Encoded]:
         batch = self.family.batch(self, **kwargs)
         ranks = get_tensor_model_parallel_world_size()
-        whole_on_each = self._whole_on_each_rank or self.family.tower(self).replicated
+        whole_on_each = ranks == 1 or (
+            self._whole_on_each_rank or self.family.tower(self).replicated
+        )
         if ranks > 1 and whole_on_each and images[0].trace is None:
             encoded = encode_shared(self.family, self, batch, images)
         else:
-            split = ranks > 1 and not whole_on_each
-            add = sum_over_ranks if split else None
+            add = None if whole_on_each else sum_over_ranks
             encoded = encode(self.family, self, batch, images, add)
         for key, image in zip(keys, encoded, strict=True):
             if image.selection is not None:

@@ -10,6 +10,7 @@ import torch
 from hiprune_vllm.models.images import Part, Selection
 from hiprune_vllm.plan import About, Encoder, TokenCount
 from hiprune_vllm.pruning.record import Source, of_vllm
+from hiprune_vllm.pruning.scores import default_object_layer
 from hiprune_vllm.pruning.select import Region
 
 Colour = tuple[float, float, float]
@@ -36,6 +37,18 @@ class TooShallow(RuntimeError):
             f"{output_layer}. Serve a checkpoint with more layers, or leave this plugin out by "
             "naming the others in VLLM_PLUGINS."
         )
+
+
+def object_layer_of(depth: int, output_layer: int, *, merging: bool) -> int:
+    """The default object layer of an encoder (`default_object_layer`), which has to be below it.
+
+    Raises:
+        TooShallow: it is not, or the encoder has not as many blocks.
+    """
+    layer = default_object_layer(depth, merging=merging)
+    if not layer < output_layer <= depth:
+        raise TooShallow(layer, output_layer, depth)
+    return layer
 
 
 class View(NamedTuple):

@@ -12,17 +12,16 @@ from hiprune_vllm.models.base import (
     FamilyAdapter,
     Grid,
     Shape,
-    TooShallow,
     Tower,
     UnsupportedCheckpoint,
     View,
+    object_layer_of,
     shown,
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
 from hiprune_vllm.models.tiles import check_tiles, cut_by_tile
 from hiprune_vllm.plan import About, Encoder, TokenCount
-from hiprune_vllm.pruning.scores import default_object_layer
 
 
 class Gemma3Adapter(FamilyAdapter):
@@ -49,9 +48,7 @@ class Gemma3Adapter(FamilyAdapter):
                 f"has mm_tokens_per_image {tokens} of {patches} x {patches} patches"
             )
         depth = vision.num_hidden_layers
-        object_layer = default_object_layer(depth, merging=True)
-        if object_layer >= depth:
-            raise TooShallow(object_layer, depth, depth)
+        object_layer = object_layer_of(depth, depth, merging=True)
         return Encoder("gemma3", depth, object_layer, has_cls=False)
 
     def tokens(

@@ -13,17 +13,16 @@ from hiprune_vllm.models.base import (
     FamilyAdapter,
     Grid,
     Shape,
-    TooShallow,
     Tower,
     UnsupportedCheckpoint,
     View,
+    object_layer_of,
     shown,
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.of_transformers import of_transformers
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
 from hiprune_vllm.plan import About, Encoder, TokenCount
-from hiprune_vllm.pruning.scores import default_object_layer
 
 OPTION = "max_soft_tokens"
 """Processor option of a request: tokens that a picture has at most, before anything is pruned."""
@@ -48,9 +47,7 @@ class Gemma4Adapter(FamilyAdapter):
                 "pruning needs a vision encoder, this checkpoint has vision_config None"
             )
         depth = vision.num_hidden_layers
-        object_layer = default_object_layer(depth, merging=True)
-        if object_layer >= depth:
-            raise TooShallow(object_layer, depth, depth)
+        object_layer = object_layer_of(depth, depth, merging=True)
         return Encoder("gemma4", depth, object_layer, has_cls=False)
 
     def tokens(

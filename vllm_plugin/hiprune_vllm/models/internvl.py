@@ -23,16 +23,15 @@ from hiprune_vllm.models.base import (
     FamilyAdapter,
     Grid,
     Shape,
-    TooShallow,
     Tower,
     UnsupportedCheckpoint,
     View,
+    object_layer_of,
     shown,
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
 from hiprune_vllm.plan import About, Encoder, TokenCount
-from hiprune_vllm.pruning.scores import default_object_layer
 
 MANY = 40
 """Tiles that a picture may be cut into where the operator lets the processor cut into more."""
@@ -108,9 +107,7 @@ class OfInternVL(FamilyAdapter):
                 f"pruning needs tokens of whole patches, this checkpoint has {side // patch} "
                 f"patches in a row and downsample_ratio {hf_config.downsample_ratio}"
             )
-        object_layer = default_object_layer(depth, merging=True)
-        if not object_layer < output_layer <= depth:
-            raise TooShallow(object_layer, output_layer, depth)
+        object_layer = object_layer_of(depth, output_layer, merging=True)
         least, most = tiles
         cut = (least, most) if most > 1 else None
         return Encoder("internvl", output_layer, object_layer, has_cls=True, tiles=cut)

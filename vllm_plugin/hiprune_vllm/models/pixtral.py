@@ -12,18 +12,17 @@ from hiprune_vllm.models.base import (
     FamilyAdapter,
     Grid,
     Shape,
-    TooShallow,
     Tower,
     UnsupportedCheckpoint,
     View,
+    object_layer_of,
     shown,
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.last_block import set_aside
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
-from hiprune_vllm.models.tiles import OF_THE_PAPER
+from hiprune_vllm.models.tiles import OF_THE_PAPER, feature_layer
 from hiprune_vllm.plan import About, Encoder, TokenCount
-from hiprune_vllm.pruning.scores import default_object_layer
 
 TOWER = "pixtral"
 """The one `vision_config.model_type`."""
@@ -63,17 +62,13 @@ class PixtralAdapter(FamilyAdapter):
             UnsupportedCheckpoint: naming what in the configuration stands in the way.
             TooShallow: the tower has fewer layers than pruning needs.
         """
-        vision, layer = hf_config.vision_config, hf_config.vision_feature_layer
+        vision = hf_config.vision_config
         if vision.model_type != TOWER:
             raise UnsupportedCheckpoint(
                 f"pruning supports the vision tower {TOWER}, this checkpoint has "
                 f"{vision.model_type}"
             )
-        if not isinstance(layer, int):
-            raise UnsupportedCheckpoint(
-                "pruning needs features of a single layer, this checkpoint has "
-                f"vision_feature_layer {layer}"
-            )
+        output_layer = feature_layer(hf_config)
         strategy = getattr(hf_config, "vision_feature_select_strategy", "full")
         if strategy != "full":
             raise UnsupportedCheckpoint(
@@ -81,10 +76,7 @@ class PixtralAdapter(FamilyAdapter):
                 f"vision_feature_select_strategy {strategy!r}"
             )
         depth = vision.num_hidden_layers
-        output_layer = depth + layer + 1 if layer < 0 else layer
-        object_layer = default_object_layer(depth, merging=_merge(hf_config) > 1)
-        if not object_layer < output_layer <= depth:
-            raise TooShallow(object_layer, output_layer, depth)
+        object_layer = object_layer_of(depth, output_layer, merging=_merge(hf_config) > 1)
         return Encoder(self.name, output_layer, object_layer, has_cls=False)
 
     def tokens(

@@ -13,14 +13,13 @@ from hiprune_vllm.models.base import (
     FamilyAdapter,
     Grid,
     Shape,
-    TooShallow,
     Tower,
     View,
+    object_layer_of,
     shown,
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.plan import About, Encoder, TokenCount
-from hiprune_vllm.pruning.scores import default_object_layer
 
 OF_MERGING = "half the depth: a default, not a finding"
 """Default object layer of towers whose patches are merged."""
@@ -58,9 +57,7 @@ class Qwen2VLAdapter(FamilyAdapter):
 
     def encoder(self, hf_config: Any) -> Encoder:
         depth = hf_config.vision_config.depth
-        object_layer = default_object_layer(depth, merging=True)
-        if object_layer >= depth:
-            raise TooShallow(object_layer, depth, depth)
+        object_layer = object_layer_of(depth, depth, merging=True)
         return Encoder(
             self.name,
             depth,

@@ -7,11 +7,16 @@ from typing import Any, ClassVar
 import torch
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import Batch, FamilyAdapter, TooShallow, Tower, UnsupportedCheckpoint
+from hiprune_vllm.models.base import (
+    Batch,
+    FamilyAdapter,
+    Tower,
+    UnsupportedCheckpoint,
+    object_layer_of,
+)
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import spread
-from hiprune_vllm.pruning.scores import default_object_layer
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 """Supported `vision_config.model_type` -> whether it has a CLS token."""
@@ -25,6 +30,22 @@ def tile_columns(hf_config: Any) -> int:
     vision = hf_config.vision_config
     columns: int = vision.image_size // vision.patch_size
     return columns
+
+
+def feature_layer(hf_config: Any) -> int:
+    """Output layer of a LLaVA-like checkpoint, 1-based.
+
+    Raises:
+        UnsupportedCheckpoint: its features are of several layers.
+    """
+    layer = hf_config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise UnsupportedCheckpoint(
+            "pruning needs features of a single layer, this checkpoint has "
+            f"vision_feature_layer {layer}"
+        )
+    depth: int = hf_config.vision_config.num_hidden_layers
+    return depth + layer + 1 if layer < 0 else layer
 
 
 def cut_by_tile(
@@ -99,12 +120,7 @@ class TileAdapter(FamilyAdapter):
                 f"this checkpoint has {vision.model_type}"
             )
         has_cls = TOWERS[vision.model_type]
-        layer = hf_config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise UnsupportedCheckpoint(
-                "pruning needs features of a single layer, this checkpoint has "
-                f"vision_feature_layer {layer}"
-            )
+        output_layer = feature_layer(hf_config)
         strategy = hf_config.vision_feature_select_strategy
         if strategy != ("default" if has_cls else "full"):
             raise UnsupportedCheckpoint(
@@ -112,10 +128,7 @@ class TileAdapter(FamilyAdapter):
                 f"vision_feature_select_strategy {strategy!r}"
             )
         depth = vision.num_hidden_layers
-        output_layer = depth + layer + 1 if layer < 0 else layer
-        object_layer = default_object_layer(depth, merging=False)
-        if not object_layer < output_layer <= depth:
-            raise TooShallow(object_layer, output_layer, depth)
+        object_layer = object_layer_of(depth, output_layer, merging=False)
         return Encoder(self.name, output_layer, object_layer, has_cls)
 
     def tower(self, model: Any) -> Tower:
