@@ -6,6 +6,7 @@ log-probability from an fp32 oracle that is fed with the engine's own kept set; 
 for unpruned pictures, which is what bf16 costs without any pruning.
 """
 
+import os
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -45,6 +46,7 @@ NAMES = {
     "qwen3_5": "Qwen3.5",
     "qwen3_5_moe": "Qwen3.5, experts",
     "gemma3": "Gemma 3",
+    "kimi_vl": "Kimi-VL",
     "glm4v": "GLM-4.1V",
     "glm46v": "GLM-4.6V",
     "glm4v_moe": "GLM-4.5V, experts",
@@ -78,7 +80,10 @@ def run(path: str, name: str, exact: bool) -> list[tuple[Any, dict[str, Any]]]:
         exact: as the conformance suite runs it (fp32, the vision encoder at least), else bf16.
     """
     family = FAMILIES[name]
-    options = {"dtype": "float32", **family.options} if exact else {"dtype": "bfloat16"}
+    options = {"dtype": "float32", **family.options}
+    if not exact:
+        options["dtype"] = "bfloat16"
+    os.environ.update(family.environment)
     with family.prepared() if exact else nullcontext():
         llm = engine(path, **{"max_model_len": 4096, **options})
     model, seen = worker_model(llm), []

@@ -3,6 +3,7 @@
 Functions that begin with `run` are called in the engine's process.
 """
 
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -82,6 +83,7 @@ def run_videos(llm: Any, family: Family) -> dict[str, Any]:
 
 
 def start(family: Family, path: str, *, prepared: bool = True, **options: Any) -> Any:
+    os.environ.update(family.environment)
     with family.prepared() if prepared else nullcontext():
         return engine(
             path,

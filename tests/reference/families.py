@@ -12,10 +12,20 @@ import torch
 from PIL import Image
 
 from tests.photos import photo
-from tests.reference import checkpoints, gemma3, gemma4, glm, internvl, pixtral, random_llava
+from tests.reference import (
+    checkpoints,
+    gemma3,
+    gemma4,
+    glm,
+    internvl,
+    kimi_vl,
+    pixtral,
+    random_llava,
+)
 from tests.reference.llava import LlavaOracle
 from tests.reference.llava_next import LlavaNextOracle
 from tests.reference.qwen import QwenOracle
+from tests.reference.rotary import turned_in_pytorch
 
 Kept = Sequence[Sequence[int]] | None
 """Kept indices of an image, by part (tile); None for an unpruned one."""
@@ -153,6 +163,7 @@ class Family:
         pad: what of `image` becomes its tokens.
         metadata: what its processor wants to know of a video besides.
         options: of its engine.
+        environment: of its engine's process, and of its workers'.
         prepared: around the start of its engine, in the engine's process.
         within: of log-probabilities, how far they may be from the oracle's; None where nothing is
             compared but most tokens of the greedy answer.
@@ -167,6 +178,7 @@ class Family:
     pad: str = "<|image_pad|>"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     prepared: Callable[[], AbstractContextManager[Any]] = nullcontext
     within: float | None = 1e-3
     exact: bool = True
@@ -317,6 +329,20 @@ FAMILIES: Final = {
         _CROPS,
         pad=gemma3.PICTURE,
         options={"mm_processor_kwargs": {"do_pan_and_scan": True}},
+    ),
+    "kimi_vl": Family(
+        kimi_vl.build,
+        lambda path: Oracle(kimi_vl.KimiOracle(path)),
+        kimi_vl.PICTURE,
+        {name: of for name, of in SHAPES.items() if name != "strip"}
+        | {"narrow": ("coffee", (7100, 27))},
+        pad=kimi_vl.PAD,
+        options={
+            "trust_remote_code": True,
+            "worker_extension_cls": "tests.reference.rotary_worker.Extension",
+        },
+        environment=kimi_vl.ENVIRONMENT,
+        prepared=turned_in_pytorch,
     ),
     "glm4v": _glm(),
     "glm46v": _glm(newer=True),

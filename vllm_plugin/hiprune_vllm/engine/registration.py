@@ -17,6 +17,7 @@ CLASSES: Final = {
         "interns1:InternS1ForConditionalGeneration",
         "internvl:InternVLAdapter",
     ),
+    "KimiVLForConditionalGeneration": ("kimi_vl", "kimi_vl:KimiVLAdapter"),
     "Mistral3ForConditionalGeneration": ("mistral3", "pixtral:Mistral3Adapter"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl:Qwen25VLAdapter"),
