@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from hiprune_vllm.models.base import Batch, FamilyAdapter, Grid, Tower
-from hiprune_vllm.models.encode import check_tower, encode, parts_of, pooled, rows_of
+from hiprune_vllm.models.encode import check_tower, encode
 from hiprune_vllm.models.images import Image, Selection
+from hiprune_vllm.models.pieces import parts_of, pooled, rows_of
 from hiprune_vllm.plan import Encoder
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.select import Region, kept_indices

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from hiprune_vllm.models.last_block import Kept, kept_after, kept_only, put_off, set_aside
+from hiprune_vllm.models.last_block import (
+    Kept,
+    kept_after,
+    kept_of_all,
+    kept_only,
+    put_off,
+    set_aside,
+)
 
 WIDTH, HEADS = 16, 2
 
@@ -166,6 +173,47 @@ def test_what_is_put_off_is_made_of_the_kept_rows_alone(states):
     with put_off([first], 3) as made:
         pass
     assert made(kept) == []
+
+
+class Encoder(nn.Module):
+    """Returns the hidden states behind all blocks, as SigLIP's where several are wanted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, states):
+        found = [states]
+        for layer in self.layers:
+            found.append(layer(found[-1]))
+        return found
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_hidden_states_of_earlier_blocks_have_the_kept_rows_too(states, whole, spare):
+    encoder, kept = Encoder(), []
+    every = encoder(states)
+
+    def choose():
+        kept.extend(Kept(i * 10, (i + 1) * 10, rows) for i, rows in enumerate(ROWS))
+        return kept
+
+    block = encoder.layers[-1]
+    ending = (
+        kept_after(block, choose, spare_rows=spare)
+        if whole
+        else shortened(block, choose, spare_rows=spare)
+    )
+    with ending, kept_of_all(encoder, kept, spare_rows=spare):
+        few = encoder(states)
+    assert len(few) == len(every)
+    for got, of_all in zip(few, every, strict=True):
+        expected = torch.cat([image[rows] for image, rows in zip(of_all, ROWS, strict=True)])
+        assert got.shape == (1, spare + 14, WIDTH)
+        torch.testing.assert_close(got[0, spare:], expected, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, encoder(states), every))
 
 
 @torch.no_grad()

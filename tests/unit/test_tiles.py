@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import UnsupportedCheckpoint
+from hiprune_vllm.models.base import Grid, UnsupportedCheckpoint
 from hiprune_vllm.models.gemma3 import Gemma3Adapter
 from hiprune_vllm.models.tiles import check_tiles
 from hiprune_vllm.plan import Encoder
@@ -64,7 +64,7 @@ def test_what_is_read_of_gemma_3():
     config = SimpleNamespace(vision_config=vision(), mm_tokens_per_image=256)
     adapter = Gemma3Adapter()
     assert adapter.encoder(config) == Encoder("gemma3", 27, 13, has_cls=False)
-    assert adapter.grids(config, (3,)) == [(16, 16, None)] * 3
+    assert adapter.grids(config, (3,)) == [Grid(16, 16)] * 3
     config.mm_tokens_per_image = 200
     with pytest.raises(UnsupportedCheckpoint, match="mm_tokens_per_image 200 of 64 x 64"):
         adapter.encoder(config)

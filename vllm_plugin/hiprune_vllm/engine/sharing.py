@@ -18,8 +18,9 @@ from vllm.distributed import (
 from vllm.model_executor.models.vision import get_load_balance_assignment
 
 from hiprune_vllm.models.base import Batch, FamilyAdapter
-from hiprune_vllm.models.encode import encode, parts_of
+from hiprune_vllm.models.encode import encode
 from hiprune_vllm.models.images import Encoded, Image, Selection
+from hiprune_vllm.models.pieces import parts_of
 from hiprune_vllm.pruning.positions import COLUMNS
 
 PLAIN: Final = (torch.float32, torch.bfloat16, torch.float16)

@@ -72,11 +72,16 @@ class Grid(NamedTuple):
     Attributes:
         rows, columns: tokens of the language model.
         region: where tokens may be kept (not in padding); None for everywhere.
+        weight: what its share of a budget is in proportion to.
+        tiles: grids of patches, all alike, that its tokens are interpolated from; each is a row of
+            the batch. None for one whose tokens are patches of its own.
     """
 
     rows: int
     columns: int
     region: Region | None = None
+    weight: int = 1
+    tiles: "Sequence[Grid]" = ()
 
     @property
     def inside(self) -> Region:
@@ -101,6 +106,8 @@ class Tower(NamedTuple):
         by_row: arguments of a block that have a row for each row of its hidden states.
         taps: modules that make more columns of tokens, from hidden states on the way to the last
             block; in the order that they are called in, behind the columns of the projector.
+        joined: module that runs the blocks and returns the hidden states behind all of them in a
+            list, where features of several are put side by side.
         source: where query and key of a block's attention come from: vLLM's own modules are called
             with them, for transformers' see `models.of_transformers`.
         one_by_one: whether images go through one at a time; else as one batch.
@@ -118,6 +125,7 @@ class Tower(NamedTuple):
     within_images: bool = True
     by_row: Sequence[str] = ()
     taps: Sequence[Any] = ()
+    joined: Any = None
     source: Source = of_vllm
     one_by_one: bool = False
     replicated: bool = False
@@ -278,8 +286,24 @@ class FamilyAdapter(ABC):
             (kept tokens of the batch, width of the language model).
         """
 
+    def interpolated(self, model: Any, shape: Shape, patches: torch.Tensor) -> torch.Tensor:
+        """Tokens of a grid from its `tiles`: their features, and their scores by the same call.
+
+        Args:
+            model: vLLM's.
+            shape: of the image.
+            patches: (tiles, patches, columns).
+
+        Returns:
+            (tokens, columns), row by row.
+        """
+        raise NotImplementedError
+
     def whole(self, model: Any, shape: Shape, tokens: torch.Tensor) -> torch.Tensor:
-        """An unpruned image as vLLM returns it, from all (tokens, width) of its grids."""
+        """An unpruned image as vLLM returns it, from all (tokens, width) of its grids.
+
+        Where tokens are interpolated these are the patches of the tiles.
+        """
         return tokens
 
     def prompt_order(

@@ -10,15 +10,20 @@ Nothing is read on the host on the way: budgets are integers, so all shapes are 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from hiprune_vllm.models.base import Batch, FamilyAdapter, Grid, Tower, UnsupportedCheckpoint
-from hiprune_vllm.models.images import Encoded, Image, Part, Selection, Trace, TracedPart
-from hiprune_vllm.models.last_block import Kept, kept_after, kept_only, put_off
-from hiprune_vllm.pruning.budget import ImageBudget, spread
+from hiprune_vllm.models.base import (
+    Batch,
+    FamilyAdapter,
+    Tower,
+    UnsupportedCheckpoint,
+)
+from hiprune_vllm.models.images import Encoded, Image, Selection, TracedPart
+from hiprune_vllm.models.last_block import Kept, kept_after, kept_of_all, kept_only, put_off
+from hiprune_vllm.models.pieces import Piece, pieces_of, scores_of, tokens_of
+from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.clock import SELECTION
 from hiprune_vllm.pruning.positions import encode_positions
 from hiprune_vllm.pruning.record import ScoreRecorder, SumOverRanks, wanted_scores
@@ -27,108 +32,6 @@ from hiprune_vllm.tuning import chosen
 
 Scores = Mapping[tuple[int, str, int], torch.Tensor]
 """(layer, score, piece of the batch) -> fp32 scores."""
-
-
-def parts_of(grids: Sequence[Grid], budget: ImageBudget) -> tuple[Part, ...]:
-    """What is to be chosen from an image's grids: even shares that add up to exactly N'.
-
-    Args:
-        grids: all of the image.
-        budget: of the image; N' is at most what the grids' regions hold.
-
-    Returns:
-        Those that keep something; all of them, whole, of an unpruned image.
-    """
-    if budget.is_full:
-        wholes = [Region(0, grid.rows, 0, grid.columns) for grid in grids]
-        return tuple(Part(i, whole.size, whole, whole.size) for i, whole in enumerate(wholes))
-    regions = [grid.inside for grid in grids]
-    shares = spread(budget.keep, [1] * len(grids), [region.size for region in regions])
-    return tuple(
-        Part(number, grid.rows * grid.columns, region, share)
-        for number, (grid, region, share) in enumerate(zip(grids, regions, shares, strict=True))
-        if share
-    )
-
-
-def pooled(
-    values: torch.Tensor, grid: Grid, tower: Tower, places: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Scores of an image's tokens: the mean over the patches that become one (section 4).
-
-    Args:
-        values: (patches,), in the order that the blocks run in.
-        grid: of its tokens.
-        tower: how many patches make a token, and how they lie.
-        places: (tokens,) int64, see `Batch`.
-
-    Returns:
-        (tokens,), row by row.
-    """
-    merge = tower.merge
-    if merge > 1 and tower.raster:
-        values = values.view(grid.rows, merge, grid.columns, merge).mean(dim=(1, 3)).flatten()
-    elif merge > 1:
-        values = values.view(-1, merge**2).mean(dim=1)
-    return values if places is None else values[places]
-
-
-def rows_of(
-    tokens: torch.Tensor, grid: Grid, tower: Tower, places: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Where the patches of some tokens are: token by token, each token's row by row.
-
-    Args:
-        tokens: (n,) int64, flat indices in the grid.
-        grid, tower, places: as for `pooled`.
-
-    Returns:
-        (n * merge**2,) int64, rows of the part's hidden states, the CLS token's included.
-    """
-    merge = tower.merge
-    if places is not None:
-        tokens = places[tokens]
-    if merge == 1:
-        return tower.leading + tokens
-    inside = torch.arange(merge**2, device=tokens.device)
-    if tower.raster:
-        width = grid.columns * merge
-        tokens = tokens // grid.columns * merge * width + tokens % grid.columns * merge
-        inside = inside // merge * width + inside % merge
-    else:
-        tokens = tokens * merge**2
-    return tower.leading + (tokens[:, None] + inside).flatten()
-
-
-@dataclass
-class Piece:
-    """One part of an image in the batch.
-
-    Attributes:
-        part: what is to be chosen from it.
-        grid: of its tokens.
-        budget: of this part alone.
-        known: indices that were kept of it before; None for a new one.
-        trace: of its image, where somebody asks how it is pruned.
-        start, stop: its rows among the flattened hidden states of the batch, CLS token included.
-        places: of its tokens, see `Batch`, counted from its own first one.
-        kept: indices that stay, (part.keep,) int64, once they are known or chosen.
-    """
-
-    part: Part
-    grid: Grid
-    budget: ImageBudget
-    known: torch.Tensor | None
-    trace: Trace | None
-    start: int
-    stop: int
-    places: torch.Tensor | None
-    kept: torch.Tensor = field(init=False)
-
-    @property
-    def region(self) -> Region | None:
-        """The part of the grid that may be kept; None for all of it."""
-        return None if self.part.region.size == self.part.full else self.part.region
 
 
 def check_tower(family: FamilyAdapter, model: Any) -> None:
@@ -174,7 +77,7 @@ def encode(
         return [one for (one,) in alone]
     batch = family.laid_out(model, batch)
     output_layer = len(tower.blocks)  # see `check_tower`
-    of_images = _pieces(family, model.config, batch, tower, images)
+    of_images = pieces_of(family, model.config, batch, tower, images)
     pieces = [piece for of_image in of_images for piece in of_image]
     recorder = ScoreRecorder(
         [block.get_submodule(tower.attention) for block in tower.blocks],
@@ -185,9 +88,14 @@ def encode(
         source=tower.source,
     )
     wanted = wanted_scores(
-        {i: piece.budget for i, piece in enumerate(pieces) if piece.known is None},
+        {row: piece.budget for piece in pieces if piece.known is None for row in piece.scored},
         output_layer,
-        {i: (p.trace.layer, p.trace.score) for i, p in enumerate(pieces) if p.trace is not None},
+        {
+            row: (piece.trace.layer, piece.trace.score)
+            for piece in pieces
+            if piece.trace is not None
+            for row in piece.scored
+        },
     )
     device = next(tower.blocks[-1].parameters()).device
 
@@ -196,33 +104,35 @@ def encode(
     def select() -> list[Kept]:
         """What stays of every piece, once both layers were scored."""
         of_tokens = {
-            (layer, score, i): pooled(values, pieces[i].grid, tower, pieces[i].places)
-            for (layer, score, i), values in scores.items()
+            (layer, score, i): scores_of(family, model, tower, piece, [scores[key] for key in keys])
+            for layer, score in {(layer, score) for layer, score, _ in scores}
+            for i, piece in enumerate(pieces)
+            if (keys := [(layer, score, row) for row in piece.scored])[0] in scores
         }
         _select(pieces, of_tokens, output_layer, device)
-        kept.extend(
-            Kept(one.start, one.stop, rows_of(one.kept, one.grid, tower, one.places))
-            for one in pieces
-        )
+        kept.extend(rows for piece in pieces for rows in piece.staying(tower))
         return kept
 
     parts = [[piece.part for piece in of_image] for of_image in of_images]
     with (
         recorder.recording(wanted) as scores,
         _ending(tower, select),
-        put_off(tower.taps, sum(piece.part.keep for piece in pieces)) as tapped,
+        put_off(tower.taps, sum(piece.projected for piece in pieces)) as tapped,
+        kept_of_all(tower.joined, kept, spare_rows=tower.leading),
     ):
         embeddings = family.forward(model, batch, parts)
     if tower.taps:
         embeddings = torch.cat([embeddings, *tapped(kept)], dim=1)
     encoded, first = [], 0
     for image, shape, of_image in zip(images, batch.shapes, of_images, strict=True):
-        count = sum(piece.part.keep for piece in of_image)
+        count = sum(piece.projected for piece in of_image)
         tokens = embeddings[first : first + count]
         first += count
         if image.budget.is_full:
             encoded.append(Encoded(family.whole(model, shape, tokens), None))
             continue
+        if any(piece.grid.tiles for piece in of_image):
+            tokens = tokens_of(family, model, of_image, tokens)
         selection = Selection(
             tuple(piece.part for piece in of_image), tuple(piece.kept for piece in of_image)
         )
@@ -232,36 +142,6 @@ def encode(
         order = family.prompt_order(model.config, shape, selection)
         encoded.append(Encoded(tokens if order is None else tokens[order], selection))
     return encoded
-
-
-def _pieces(
-    family: FamilyAdapter, config: Any, batch: Batch, tower: Tower, images: Sequence[Image]
-) -> list[list[Piece]]:
-    """The parts of every image that are encoded, and where their rows are."""
-    of_images, start = [], 0
-    for image, shape in zip(images, batch.shapes, strict=True):
-        grids = family.grids(config, shape)
-        parts = parts_of(grids, image.budget)
-        known = iter(image.known_of(parts) or ())
-        by_number = {part.number: part for part in parts}
-        of_image = []
-        for number, grid in enumerate(grids):
-            part = by_number.get(number)
-            if part is None and not tower.packed:
-                continue  # a tile of which nothing is kept is not encoded
-            tokens = grid.rows * grid.columns
-            stop = start + tower.leading + tokens * tower.merge**2
-            if part is not None:
-                places = batch.places
-                if places is not None:
-                    first = start // tower.merge**2
-                    places = places[first : first + tokens] - first
-                budget = image.budget.part(part.region.size, part.keep, number)
-                before = next(known, None)
-                of_image.append(Piece(part, grid, budget, before, image.trace, start, stop, places))
-            start = stop
-        of_images.append(of_image)
-    return of_images
 
 
 def _ending(tower: Tower, select: Callable[[], Sequence[Kept]]) -> AbstractContextManager[None]:

@@ -135,6 +135,32 @@ def kept_after(
 
 
 @contextmanager
+def kept_of_all(
+    encoder: nn.Module | None, kept: Sequence[Kept], *, spare_rows: int = 0
+) -> Iterator[None]:
+    """While inside, the hidden states that `encoder` returns of all its blocks are of kept rows.
+
+    Args:
+        encoder: returns a list, the hidden states before its first block first; those behind the
+            last one have the kept rows alone already. None for one that returns no others.
+        kept: filled in by the time that it returns.
+        spare_rows: as for `kept_only`.
+    """
+    if encoder is None:
+        yield
+        return
+    run = encoder.forward
+
+    def cut(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        *earlier, last = run(*args, **kwargs)
+        rows = _rows(kept)
+        return [*(_only(rows, states, spare_rows) for states in earlier), last]
+
+    with _instead(encoder, cut):
+        yield
+
+
+@contextmanager
 def set_aside(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """While inside, what `module` returns is put into the yielded list.
 
