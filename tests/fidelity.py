@@ -32,6 +32,8 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble")
 NAMES = {
     "llava": "LLaVA-1.5",
     "llava_next": "LLaVA-NeXT",
+    "granite_vision": "Granite Vision",
+    "llava_onevision": "LLaVA-OneVision",
     "mistral3": "Mistral Small 3",
     "ministral3": "Ministral 3",
     "pixtral": "Pixtral",

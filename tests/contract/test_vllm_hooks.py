@@ -26,6 +26,7 @@ from vllm.model_executor.models import (
     internvl,
     llava,
     llava_next,
+    llava_onevision,
     moonvit,
     pixtral,
     qwen2_5_vl,
@@ -34,6 +35,7 @@ from vllm.model_executor.models import (
     qwen3_vl,
     qwen3_vl_moe,
     siglip,
+    vision,
 )
 from vllm.multimodal.cache import LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache
 from vllm.multimodal.hasher import MultiModalHasher
@@ -273,7 +275,7 @@ def test_without_caches_pictures_have_running_numbers_for_names():
     assert "mm_processor_cache_gb == 0" in source
 
 
-@pytest.mark.parametrize("module", [llava, llava_next, internvl, interns1])
+@pytest.mark.parametrize("module", [llava, llava_next, llava_onevision, internvl, interns1])
 def test_embeddings_of_pictures_come_back_as_they_are(module):
     source = inspect.getsource(module)
     assert 'return image_input["data"]' in source
@@ -317,6 +319,56 @@ def test_llava_next_has_the_parts_that_are_called():
         "image_width",
         "image_height",
     ]
+
+
+def test_features_of_several_layers_are_joined_behind_the_encoder():
+    """What `kept_of_all` takes for granted, and why LLaVA-1.5 and LLaVA-OneVision are without."""
+    for module, name in ((clip, "CLIP"), (siglip, "Siglip")):
+        encoder = getattr(module, f"{name}Encoder")
+        assert parameters(encoder.forward) == [
+            "self",
+            "inputs_embeds",
+            "return_all_hidden_states",
+        ]
+        source = inspect.getsource(encoder.forward)
+        assert "hidden_states_pool = [inputs_embeds]" in source
+        assert "return hidden_states_pool" in source
+        tower = inspect.getsource(getattr(module, f"{name}VisionTransformer").forward)
+        assert "encoder_outputs = self.encoder(" in tower
+        assert "resolve_visual_encoder_outputs(" in tower
+    joined = inspect.getsource(vision.resolve_visual_encoder_outputs)
+    assert "torch.cat(hs_pool, dim=-1)" in joined
+    assert "max(get_layer_index(idx, num_hidden_layers) for idx in feature_layers)" in (
+        inspect.getsource(llava._get_num_hidden_layers)
+    )
+    for module, joins in ((llava_next, True), (llava, False), (llava_onevision, False)):
+        assert ("select_layers=self.select_layers" in inspect.getsource(module)) is joins
+
+
+def test_llava_onevision_has_the_parts_that_are_called():
+    model = llava_onevision.LlavaOnevisionForConditionalGeneration
+    assert parameters(model._image_pixels_to_features) == ["self", "vision_tower", "pixel_values"]
+    assert parameters(model._parse_and_validate_image_input) == ["self", "kwargs"]
+    assert parameters(model._merge_image_patch_embeddings) == [
+        "self",
+        "image_size",
+        "patch_embeddings",
+        "image_newline",
+        "vision_aspect_ratio",
+        "strategy",
+    ]
+    merged = inspect.getsource(model._merge_image_patch_embeddings)
+    assert 'vision_aspect_ratio="anyres_max_9"' in merged
+    assert "if ratio > 1.1:" in merged
+    assert "[int(curr_height // ratio), int(curr_width // ratio)]" in merged
+    source = inspect.getsource(model._process_image_input)
+    assert 'strategy="spatial_unpad"' in source
+    assert "image_newline=self.image_newline" in source
+    assert "vision_aspect_ratio" not in source
+    counted = inspect.getsource(
+        llava_onevision.LlavaOnevisionProcessingInfo._get_num_unpadded_features
+    )
+    assert "ratio = math.sqrt(current_height * current_width / (9 * npatches**2))" in counted
 
 
 def test_internvl_has_the_parts_that_are_called():

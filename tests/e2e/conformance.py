@@ -23,7 +23,6 @@ from tests.e2e.asking import (
 )
 from tests.e2e.offline import IN_PROCESS, in_new_process
 from tests.reference.families import FAMILIES, Family, Oracle
-from tests.reference.llava_next import shares
 
 
 @pytest.mark.timeout(900)
@@ -71,7 +70,7 @@ class Conformance:
         method = knobs.pop("method", "hiprune")
         if tokens >= full:
             return None
-        each = shares(tokens, [len(part) for part in allowed])
+        each = oracle.shares(image, tokens)
         if method == "stride":
             return [
                 [part[i * len(part) // share] for i in range(share)]

@@ -1,3 +1,5 @@
+import pytest
+
 from tests.e2e.conformance import Conformance
 
 
@@ -7,3 +9,13 @@ class TestLlava(Conformance):
 
 class TestLlavaNext(Conformance):
     family = "llava_next"
+
+
+@pytest.mark.long
+class TestGraniteVision(Conformance):
+    family = "granite_vision"
+
+
+@pytest.mark.long
+class TestLlavaOnevision(Conformance):
+    family = "llava_onevision"

@@ -7,16 +7,21 @@ from unittest import mock
 import pytest
 
 from tests.e2e.offline import in_new_process
-from tests.reference import checkpoints, pixtral, random_llava
+from tests.reference import checkpoints, llava_onevision, pixtral, random_llava
 
 QWEN = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}  # pixels a side of a patch
 PIXTRAL = {"mistral3": 28, "pixtral": 16}  # pixels a side of a token
-CASES = ("clip", "siglip", "llava_next", *QWEN, *PIXTRAL)
+ANYRES = ("granite_vision", "llava_onevision")
+CASES = ("clip", "siglip", "llava_next", *ANYRES, *QWEN, *PIXTRAL)
 
 
 def build(name: str, folder: Path) -> None:
     if name == "llava_next":
         checkpoints.build_llava_next(folder)
+    elif name == "granite_vision":
+        checkpoints.build_llava_next(folder, granite=True)
+    elif name == "llava_onevision":
+        llava_onevision.build(folder)
     elif name in QWEN:
         checkpoints.build_qwen(name, folder)
     elif name in PIXTRAL:
@@ -41,6 +46,13 @@ def inputs(name):
             "pixel_values": [noise(5, 3, 336, 336), noise(3, 3, 336, 336), noise(3, 3, 336, 336)],
             "image_sizes": torch.tensor([[672, 600], [336, 672], [336, 672]]),
         }, [(2600, 320), (1752, 77), (1752, 1752)]
+    if name in ANYRES:
+        tall = (1536, 1152) if name == "llava_onevision" else (768, 700)
+        tiles = 13 if name == "llava_onevision" else 5
+        pixels = [noise(count, 3, 384, 384) for count in (tiles, 3, 3, tiles)]
+        sizes = torch.tensor([tall, (384, 768), (384, 768), tall])
+        plans = [(3400, 320), (2214, 77), (2214, 2214), (3400, 3400)]
+        return {"pixel_values": pixels, "image_sizes": sizes}, plans
     if name in QWEN:
         grids = torch.tensor([[1, 16, 20], [1, 8, 12], [1, 16, 20]])
         pixels = noise(int(grids.prod(dim=1).sum()), 2 * 3 * QWEN[name] ** 2)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference import random_llava
 
-NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""Height and width of every anyres grid of the LLaVA-NeXT checkpoints."""
+NEXT_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""Rows and columns of every anyres grid of the LLaVA-NeXT checkpoints."""
 
 SMALL_TOWER = {
     "hidden_size": 64,
@@ -38,25 +38,41 @@ def small_text(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> None:
-    """LLaVA-NeXT with a CLIP tower and a vicuna-like (Llama) or Mistral text model."""
+def build_llava_next(
+    folder: Path, *, mistral: bool = False, granite: bool = False, seed: int = 1
+) -> None:
+    """LLaVA-NeXT with a CLIP tower and a vicuna-like (Llama) or Mistral text model.
+
+    Or Granite Vision: SigLIP, and features of several of its layers, each of another scale.
+    """
     from transformers import (
         CLIPVisionConfig,
+        GraniteConfig,
         LlamaConfig,
         LlavaNextConfig,
         LlavaNextForConditionalGeneration,
         LlavaNextImageProcessor,
         LlavaNextProcessor,
         MistralConfig,
+        SiglipVisionConfig,
     )
 
     tokenizer = random_llava.byte_tokenizer()
-    text = small_text(tokenizer)
+    text: Any = small_text(tokenizer)
+    side, strategy = (384, "full") if granite else (336, "default")
+    grids = [[side * rows, side * columns] for rows, columns in NEXT_TILES]
+    tower: Any = {**SMALL_TOWER, "image_size": side}
+    if granite:
+        of_text: Any = GraniteConfig(**text, attention_multiplier=0.2, embedding_multiplier=1.5)
+    else:
+        of_text = MistralConfig(**text, sliding_window=None) if mistral else LlamaConfig(**text)
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**SMALL_TOWER),
-        text_config=MistralConfig(**text, sliding_window=None) if mistral else LlamaConfig(**text),
+        vision_config=(SiglipVisionConfig if granite else CLIPVisionConfig)(**tower),
+        text_config=of_text,
+        vision_feature_layer=[-7, -5, -3, -1] if granite else -2,
+        vision_feature_select_strategy=strategy,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=[list(grid) for grid in NEXT_GRIDS],
+        image_grid_pinpoints=grids,
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
@@ -67,14 +83,14 @@ def build_llava_next(folder: Path, *, mistral: bool = False, seed: int = 1) -> N
     random_llava.rename_tower_weights(folder / "model.safetensors")
     LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": 336},
-            crop_size={"height": 336, "width": 336},
-            image_grid_pinpoints=[list(grid) for grid in NEXT_GRIDS],
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=grids,
         ),
         tokenizer=tokenizer,
         patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=0 if granite else 1,
         chat_template=random_llava.CHAT_TEMPLATE,
     ).save_pretrained(folder)
 

@@ -19,11 +19,13 @@ from tests.reference import (
     glm,
     internvl,
     kimi_vl,
+    llava_onevision,
     pixtral,
     random_llava,
 )
 from tests.reference.llava import LlavaOracle
-from tests.reference.llava_next import LlavaNextOracle
+from tests.reference.llava_next import LlavaNextOracle, shares
+from tests.reference.llava_onevision import OnevisionOracle
 from tests.reference.qwen import QwenOracle
 from tests.reference.rotary import turned_in_pytorch
 
@@ -49,6 +51,10 @@ class Oracle:
     def allowed(self, image: Image.Image) -> list[list[int]]:
         """Of every part the tokens that may be kept."""
         return [list(range(self.full(image)))]
+
+    def shares(self, image: Image.Image, tokens: int) -> list[int]:
+        """How many tokens each part keeps."""
+        return shares(tokens, [len(part) for part in self.allowed(image)])
 
     def keep(self, image: Image.Image, **plan: Any) -> list[list[int]]:
         """Kept indices of every part, by the transcription of the paper."""
@@ -124,6 +130,14 @@ class OracleOfAnyres(OracleOfTiles):
             of_model.unpruned(image) if kept is None else of_model.embeddings(image, kept)
         )
         return visual
+
+
+class OracleOfOnevision(OracleOfAnyres):
+    """The same, and parts of several tiles whose share is larger."""
+
+    def shares(self, image: Image.Image, tokens: int) -> list[int]:
+        found: list[int] = self.of_model.shares(image, tokens)
+        return found
 
 
 class OracleOfFlatTiles(OracleOfTiles):
@@ -217,6 +231,14 @@ _ANYRES: Final = {
     "narrow": ("rocket", (120, 900)),  # most of 3x1 is padding
     "wide": ("coffee", (1000, 300)),
 }
+_NINE: Final = {  # the grid of nine tiles' worth of tokens
+    "1x1": ("chelsea", (300, 384)),
+    "scaled": ("coffee", (1500, 1152)),  # 3x4 tiles, fewer tokens, no two of one patch alone
+    "1x2": ("rocket", (700, 300)),
+    "scaled, padded": ("hubble", (1100, 2200)),
+    "narrow": ("rocket", (120, 900)),
+    "tiny": ("chelsea", (30, 20)),
+}
 _CUT: Final = {  # of four tiles at most, and a thumbnail
     "1x2": ("coffee", (600, 400)),
     "whole": ("astronaut", (224, 224)),
@@ -309,6 +331,20 @@ FAMILIES: Final = {
         "<image>",
         _ANYRES,
         options={"max_model_len": 12288},
+    ),
+    "granite_vision": Family(
+        partial(checkpoints.build_llava_next, granite=True),
+        lambda path: OracleOfAnyres(LlavaNextOracle(path)),
+        "<image>",
+        _ANYRES,
+        options={"max_model_len": 12288},
+    ),
+    "llava_onevision": Family(
+        llava_onevision.build,
+        lambda path: OracleOfOnevision(OnevisionOracle(path)),
+        "<image>",
+        _NINE,
+        options={"max_model_len": 16384},
     ),
     "mistral3": _pixtral("mistral3"),
     "ministral3": _pixtral("ministral3"),

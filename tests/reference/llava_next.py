@@ -25,15 +25,20 @@ def shares(total: int, caps: list[int]) -> list[int]:
 
 
 class LlavaNextOracle(TextOracle):
-    columns = 24
+    """Also for features of several layers, of a tower with or without a CLS token."""
 
     def __init__(self, path: Path) -> None:
         self.model = LlavaNextForConditionalGeneration.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
-        vision = self.model.config.vision_config
-        self.output_layer = vision.num_hidden_layers + self.model.config.vision_feature_layer + 1
+        config, vision = self.model.config, self.model.config.vision_config
+        self.side = vision.image_size
+        self.columns = vision.image_size // vision.patch_size
+        self.has_cls = vision.model_type == "clip_vision_model"
+        layers = config.vision_feature_layer
+        self.layers = [layers] if isinstance(layers, int) else list(layers)
+        self.output_layer = vision.num_hidden_layers + max(self.layers) + 1
         self._seen: dict[tuple[Any, bytes], Any] = {}
 
     def inputs(self, image: Image.Image) -> Any:
@@ -41,7 +46,7 @@ class LlavaNextOracle(TextOracle):
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         rows, columns = get_anyres_image_grid_shape(
-            (image.height, image.width), self.model.config.image_grid_pinpoints, 336
+            (image.height, image.width), self.model.config.image_grid_pinpoints, self.side
         )
         return int(rows), int(columns)
 
@@ -91,7 +96,9 @@ class LlavaNextOracle(TextOracle):
         kept = []
         for tile, share in enumerate(shares(tokens, [len(tile) for tile in allowed])):
             of_layers = [
-                paper.scores(attentions[layer - 1][tile], has_cls=True, cls_only=score == "cls")
+                paper.scores(
+                    attentions[layer - 1][tile], has_cls=self.has_cls, cls_only=score == "cls"
+                )
                 for layer in (object_layer, self.output_layer)
             ]
             kept.append(
@@ -109,7 +116,8 @@ class LlavaNextOracle(TextOracle):
     @torch.inference_mode()
     def embeddings(self, image: Image.Image, kept: list[list[int]]) -> torch.Tensor:
         """Kept tokens behind the projector: the base tile's, then row by row over the picture."""
-        hidden = self._encode(image).hidden_states[self.model.config.vision_feature_layer]
+        states = self._encode(image).hidden_states
+        hidden = torch.cat([states[layer] for layer in self.layers], dim=-1)
         side, (_, columns) = self.columns, self.grid(image)
         places = []
         for tile, indices in enumerate(kept):
@@ -118,7 +126,9 @@ class LlavaNextOracle(TextOracle):
                 r, c = divmod(index, side)
                 where = (0, r, c) if tile == 0 else (1, row * side + r, column * side + c)
                 places.append((where, tile, index))
-        features = torch.stack([hidden[tile, 1 + index] for _, tile, index in sorted(places)])
+        features = torch.stack(
+            [hidden[tile, self.has_cls + index] for _, tile, index in sorted(places)]
+        )
         projected: torch.Tensor = self.model.model.multi_modal_projector(features)
         return projected
 

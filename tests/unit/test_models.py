@@ -16,7 +16,13 @@ from hiprune_vllm.models.internvl import (
     arranged,
 )
 from hiprune_vllm.models.llava import LlavaAdapter
-from hiprune_vllm.models.llava_next import LlavaNextAdapter, picture_region, tile_regions
+from hiprune_vllm.models.llava_next import (
+    GraniteVisionAdapter,
+    LlavaNextAdapter,
+    picture_region,
+    tile_regions,
+)
+from hiprune_vllm.models.llava_onevision import LlavaOnevisionAdapter
 from hiprune_vllm.models.pixtral import Mistral3Adapter, PixtralAdapter
 from hiprune_vllm.models.qwen2_5_vl import Qwen25VLAdapter
 from hiprune_vllm.models.qwen2_vl import Qwen2VLAdapter, check_shape
@@ -48,6 +54,24 @@ def test_the_papers_layers_are_the_defaults(adapter, family):
     assert adapter.encoder(siglip) == Encoder(family, 26, 10, has_cls=False, tiles=tiles)
 
 
+def test_features_of_several_layers_end_with_the_deepest():
+    """Of LLaVA-NeXT alone: vLLM's class of LLaVA-1.5 would take the deepest one's only."""
+    layers = [-24, -20, -12, -1]
+    granite = config("siglip_vision_model", depth=27, layer=layers, strategy="full")
+    found = LlavaNextAdapter().of(granite)
+    assert type(found) is GraniteVisionAdapter
+    assert found.of(granite) is found
+    assert found.encoder(granite) == Encoder("granite_vision", 27, 10, False, tiles=(2, 4))
+    for others in ([-1, -2], [-3, 26, -12], (26,)):
+        granite.vision_feature_layer = others
+        expected = 27 if -1 in others else 26
+        assert found.encoder(granite).output_layer == expected
+    granite.vision_feature_layer = [-24, -20]
+    with pytest.raises(TooShallow):
+        found.encoder(granite)
+    assert type(LlavaNextAdapter().of(config())) is LlavaNextAdapter
+
+
 def test_qwens_object_layer_is_half_its_depth():
     vision = SimpleNamespace(vision_config=SimpleNamespace(depth=32))
     for adapter, name in ((Qwen2VLAdapter(), "qwen2_vl"), (Qwen25VLAdapter(), "qwen2_5_vl")):
@@ -63,7 +87,7 @@ def test_qwens_object_layer_is_half_its_depth():
 def test_glms_object_layer_is_half_its_depth():
     vision = SimpleNamespace(vision_config=SimpleNamespace(depth=24, spatial_merge_size=2))
     assert Glm4vAdapter().encoder(vision) == Encoder("glm4v", 24, 12, False, free_sizes=True)
-    assert Glm4vAdapter().grids(vision, (1, 8, 12)) == [(4, 6, None)]
+    assert Glm4vAdapter().grids(vision, (1, 8, 12)) == [Grid(4, 6)]
 
 
 def internvl(**changes):
@@ -150,7 +174,6 @@ def test_a_token_of_qwen3_vl_has_the_columns_of_earlier_blocks_behind_its_own():
     ("changes", "named"),
     [
         ({"tower": "pixtral"}, "pixtral"),
-        ({"layer": [-24, -20, -12, -1]}, r"\[-24, -20, -12, -1\]"),
         ({"strategy": "full"}, "'full'"),
     ],
 )
@@ -158,6 +181,12 @@ def test_variants_that_cannot_be_pruned_are_refused_by_name(changes, named):
     for adapter in (LlavaAdapter(), LlavaNextAdapter()):
         with pytest.raises(UnsupportedCheckpoint, match=named):
             adapter.encoder(config(**changes))
+
+
+def test_features_of_several_layers_are_refused_where_vllm_joins_none():
+    for adapter in (LlavaAdapter(), LlavaOnevisionAdapter()):
+        with pytest.raises(UnsupportedCheckpoint, match=r"\[-24, -20, -12, -1\]"):
+            adapter.encoder(config(layer=[-24, -20, -12, -1]))
 
 
 def pixtral_config(tower="pixtral", depth=24, layer=-1, **own):

@@ -12,6 +12,10 @@ CLASSES: Final = {
     "LlavaForConditionalGeneration": ("llava", "llava:LlavaAdapter"),
     "Gemma4ForConditionalGeneration": ("gemma4_mm", "gemma4:Gemma4Adapter"),
     "LlavaNextForConditionalGeneration": ("llava_next", "llava_next:LlavaNextAdapter"),
+    "LlavaOnevisionForConditionalGeneration": (
+        "llava_onevision",
+        "llava_onevision:LlavaOnevisionAdapter",
+    ),
     "InternVLChatModel": ("internvl", "internvl:InternVLChatAdapter"),
     "InternVLForConditionalGeneration": (
         "interns1:InternS1ForConditionalGeneration",

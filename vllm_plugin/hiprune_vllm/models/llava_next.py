@@ -8,8 +8,18 @@ import PIL.Image
 import torch
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vllm.exceptions import VLLMValidationError
 
-from hiprune_vllm.models.base import Batch, Colour, Grid, Shape, View, shown
+from hiprune_vllm.models.base import (
+    Batch,
+    Colour,
+    FamilyAdapter,
+    Grid,
+    Shape,
+    Tower,
+    View,
+    shown,
+)
 from hiprune_vllm.models.images import Selection
 from hiprune_vllm.models.tiles import OF_THE_PAPER, TileAdapter, tile_columns
 from hiprune_vllm.plan import About, Encoder, TokenCount
@@ -58,6 +68,7 @@ class LlavaNextAdapter(TileAdapter):
     """`LlavaNextForConditionalGeneration`."""
 
     name = "llava_next"
+    joins = True
     about = About(
         token="a patch of 14 x 14 pixels, of the whole picture in one tile or of a tile of it; up "
         "to 2,880 a picture at 336",
@@ -66,6 +77,9 @@ class LlavaNextAdapter(TileAdapter):
         published="HiPrune's paper (7B, five benchmarks): 102.6, 99.5 and 92.5 % of the accuracy "
         "at 640, 320 and 160 tokens",
     )
+
+    def of(self, hf_config: Any) -> FamilyAdapter:
+        return self if isinstance(hf_config.vision_feature_layer, int) else GraniteVisionAdapter()
 
     def encoder(self, hf_config: Any) -> Encoder:
         encoder = super().encoder(hf_config)
@@ -111,6 +125,22 @@ class LlavaNextAdapter(TileAdapter):
         region = picture_region((height, width), grid, columns)
         return int(columns**2 + region.size + region.bottom - region.top)
 
+    def shapes(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> Sequence[Shape] | None:
+        """None: sizes come to the worker by themselves. What is cut of pictures is held to them."""
+        side = hf_config.vision_config.image_size
+        for pixels, size in zip(
+            inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True
+        ):
+            rows, cols = self._grid(hf_config, size)
+            tiles, _, height, width = pixels.shape
+            if tiles < 1 + rows * cols or (height, width) != (side, side):
+                raise VLLMValidationError(
+                    "mm_processor_kwargs must leave the tiles of a picture as they are: 1 + "
+                    f"{rows} x {cols} of {side} pixels a side, got {tiles} of {width} x {height}",
+                    parameter="mm_processor_kwargs",
+                )
+        return None
+
     def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:
         height, width = shape
         columns = tile_columns(hf_config)
@@ -130,7 +160,9 @@ class LlavaNextAdapter(TileAdapter):
         )
         return merged
 
-    def prompt_order(self, hf_config: Any, shape: Shape, selection: Selection) -> torch.Tensor:
+    def prompt_order(
+        self, hf_config: Any, shape: Shape, selection: Selection
+    ) -> torch.Tensor | None:
         """The base tile, then row by row over the grid of tiles."""
         _, across = self._grid(hf_config, shape)
         columns = tile_columns(hf_config)
@@ -162,3 +194,21 @@ class LlavaNextAdapter(TileAdapter):
             size, config.image_grid_pinpoints, config.vision_config.image_size
         )
         return int(rows), int(cols)
+
+
+class GraniteVisionAdapter(LlavaNextAdapter):
+    """The same with features of several layers side by side: Granite Vision 3.x."""
+
+    name = "granite_vision"
+    about = About(
+        token="a patch of 14 x 14 pixels, of the whole picture in one tile or of a tile of it; "
+        "729 a tile at 384, up to 8,019 a picture",
+        layer=OF_THE_PAPER,
+        dropped=LlavaNextAdapter.about.dropped,
+    )
+
+    def of(self, hf_config: Any) -> FamilyAdapter:
+        return self
+
+    def tower(self, model: Any) -> Tower:
+        return super().tower(model)._replace(joined=model.vision_tower.vision_model.encoder)

@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from hiprune_vllm.models.base import (
     Batch,
     FamilyAdapter,
+    Shape,
     Tower,
     UnsupportedCheckpoint,
     object_layer_of,
@@ -32,20 +33,25 @@ def tile_columns(hf_config: Any) -> int:
     return columns
 
 
-def feature_layer(hf_config: Any) -> int:
-    """Output layer of a LLaVA-like checkpoint, 1-based.
+def feature_layer(hf_config: Any, *, joins: bool = False) -> int:
+    """Output layer of a LLaVA-like checkpoint, 1-based: the deepest that features are of.
+
+    Args:
+        hf_config: the checkpoint's configuration.
+        joins: whether vLLM's class puts features of several layers side by side.
 
     Raises:
-        UnsupportedCheckpoint: its features are of several layers.
+        UnsupportedCheckpoint: its features are of several layers, and it does not.
     """
-    layer = hf_config.vision_feature_layer
-    if not isinstance(layer, int):
+    found = hf_config.vision_feature_layer
+    if not isinstance(found, int) and not joins:
         raise UnsupportedCheckpoint(
             "pruning needs features of a single layer, this checkpoint has "
-            f"vision_feature_layer {layer}"
+            f"vision_feature_layer {found}"
         )
     depth: int = hf_config.vision_config.num_hidden_layers
-    return depth + layer + 1 if layer < 0 else layer
+    layers: Sequence[int] = [found] if isinstance(found, int) else found
+    return max(depth + layer + 1 if layer < 0 else layer for layer in layers)
 
 
 def cut_by_tile(
@@ -102,9 +108,11 @@ class TileAdapter(FamilyAdapter):
 
     Attributes:
         name: of the family.
+        joins: whether vLLM's class takes features of several layers.
     """
 
     name: ClassVar[str]
+    joins: ClassVar[bool] = False
 
     def encoder(self, hf_config: Any) -> Encoder:
         """What a checkpoint's tower allows.
@@ -120,7 +128,7 @@ class TileAdapter(FamilyAdapter):
                 f"this checkpoint has {vision.model_type}"
             )
         has_cls = TOWERS[vision.model_type]
-        output_layer = feature_layer(hf_config)
+        output_layer = feature_layer(hf_config, joins=self.joins)
         strategy = hf_config.vision_feature_select_strategy
         if strategy != ("default" if has_cls else "full"):
             raise UnsupportedCheckpoint(
@@ -144,10 +152,15 @@ class TileAdapter(FamilyAdapter):
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         """The tiles that keep something, of `batch.pixels`: (tiles, 3, size, size) an image."""
         tiles = [
-            pixels[part.number]
-            for pixels, of_image in zip(batch.pixels, parts, strict=True)
+            tile
+            for pixels, shape, of_image in zip(batch.pixels, batch.shapes, parts, strict=True)
             for part in of_image
+            for tile in pixels[self.tiles_of(model.config, shape, part)]
         ]
         features = model._image_pixels_to_features(model.vision_tower, torch.stack(tiles))
         embeddings: torch.Tensor = model.multi_modal_projector(features[0])
         return embeddings
+
+    def tiles_of(self, hf_config: Any, shape: Shape, part: Part) -> slice:
+        """Which tiles of an image a part is made of."""
+        return slice(part.number, part.number + 1)
