@@ -47,12 +47,13 @@ def inputs(name):
             "image_sizes": torch.tensor([[672, 600], [336, 672], [336, 672]]),
         }, [(2600, 320), (1752, 77), (1752, 1752)]
     if name in ANYRES:
-        tall = (1536, 1152) if name == "llava_onevision" else (768, 700)
-        tiles = 13 if name == "llava_onevision" else 5
+        # The first of 4x3 tiles, 93x70 tokens of them, or of 2x2, 54x50.
+        scaled = name == "llava_onevision"
+        tiles, tall, full = (13, (1536, 1152), 7332) if scaled else (5, (768, 700), 3483)
         pixels = [noise(count, 3, 384, 384) for count in (tiles, 3, 3, tiles)]
         sizes = torch.tensor([tall, (384, 768), (384, 768), tall])
-        plans = [(3400, 320), (2214, 77), (2214, 2214), (3400, 3400)]
-        return {"pixel_values": pixels, "image_sizes": sizes}, plans
+        budgets = [(full, 320), (2214, 77), (2214, 2214), (full, full)]
+        return {"pixel_values": pixels, "image_sizes": sizes}, budgets
     if name in QWEN:
         grids = torch.tensor([[1, 16, 20], [1, 8, 12], [1, 16, 20]])
         pixels = noise(int(grids.prod(dim=1).sum()), 2 * 3 * QWEN[name] ** 2)

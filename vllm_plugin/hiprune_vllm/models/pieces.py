@@ -196,6 +196,6 @@ def tokens_of(
         if not piece.grid.tiles:
             found.append(rows)
             continue
-        patches = rows.unflatten(0, (len(piece.grid.tiles), -1))
+        patches = rows.view(len(piece.grid.tiles), -1, rows.shape[-1])
         found.append(family.interpolated(model, piece.shape, patches)[piece.kept])
     return torch.cat(found)
