@@ -3,10 +3,12 @@ import pytest
 from tests.e2e.conformance import Conformance
 
 
+@pytest.mark.long
 class TestLlava(Conformance):
     family = "llava"
 
 
+@pytest.mark.long
 class TestLlavaNext(Conformance):
     family = "llava_next"
 

@@ -8,5 +8,6 @@ class TestQwen2VL(Conformance):
     family = "qwen2_vl"
 
 
+@pytest.mark.long
 class TestQwen25VL(Conformance):
     family = "qwen2_5_vl"

@@ -3,6 +3,7 @@ import pytest
 from tests.e2e.conformance import Conformance
 
 
+@pytest.mark.long
 class TestQwen35(Conformance):
     family = "qwen3_5"
 

@@ -130,7 +130,13 @@ def plain(checkpoint):
     return in_new_process(run, checkpoint, None, 2048, environment=IN_PROCESS)
 
 
-@pytest.fixture(scope="module", params=[2048, 40], ids=["whole", "in chunks of 40"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2048, id="whole", marks=pytest.mark.long),
+        pytest.param(40, id="in chunks of 40"),
+    ],
+)
 def drafted(request, checkpoint):
     drafts = {"method": "mtp", "num_speculative_tokens": DRAFTS}
     return in_new_process(run, checkpoint, drafts, request.param, environment=IN_PROCESS)

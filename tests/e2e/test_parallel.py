@@ -207,6 +207,7 @@ def check_all(server, oracle):
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.long
 @needs_two_cores
 @needs_two_gpus_or_none
 def test_a_server_with_a_pipeline_answers_and_explains_as_the_oracle(

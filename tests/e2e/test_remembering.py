@@ -267,7 +267,13 @@ def assert_same_answer(answer, expected, tolerance=5e-3):
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name == "llava_next" else [])
+        for name in FAMILIES
+    ],
+)
 def test_a_collision_of_keys_is_a_miss_and_the_engine_lives(results, family):
     found = results(family)
     honest, forged, together = found["honest"], found["forged"], found["together"]
