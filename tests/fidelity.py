@@ -48,6 +48,8 @@ NAMES = {
     "qwen3_5": "Qwen3.5",
     "qwen3_5_moe": "Qwen3.5, experts",
     "gemma3": "Gemma 3",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
     "kimi_vl": "Kimi-VL",
     "glm4v": "GLM-4.1V",
     "glm46v": "GLM-4.6V",

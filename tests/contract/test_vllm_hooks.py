@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models import (
     clip,
     glm4_1v,
+    idefics2_vision_model,
     intern_vit,
     interns1,
     interns1_vit,
@@ -162,6 +163,8 @@ BLOCKS = {
     moonvit.MoonVitEncoderLayer: "a06bf74935e86f5a",
     pixtral.PixtralHFTransformerBlock: "6c15518f9204f650",
     pixtral.PixtralHFAttention: "dff7042d5bb7797f",
+    idefics2_vision_model.Idefics2EncoderLayer: "c3e2f149d28c9afc",
+    idefics2_vision_model.Idefics2VisionAttention: "33a75cab11ee6d01",
     intern_vit.InternVisionEncoderLayer: "99e80ded412e9552",
     intern_vit.InternParallelAttention: "d125c8d535523b80",
     interns1_vit.InternS1VisionLayer: "9f0f42e265624dac",

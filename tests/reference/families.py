@@ -17,6 +17,7 @@ from tests.reference import (
     gemma3,
     gemma4,
     glm,
+    idefics3,
     internvl,
     kimi_vl,
     llava_onevision,
@@ -321,6 +322,17 @@ _CROPS: Final = {
 }
 
 
+def _idefics(name: str) -> Family:
+    return Family(
+        partial(idefics3.build, name),
+        lambda path: OracleOfParts(idefics3.IdeficsOracle(path)),
+        idefics3.PICTURE,
+        {**_CROPS, "strip": ("rocket", (41, 8000))},
+        pad=idefics3.PICTURE,
+        options={"max_model_len": 8192},
+    )
+
+
 FAMILIES: Final = {
     "llava": Family(
         random_llava.build, lambda path: OracleOfTiles(LlavaOracle(path)), "<image>", _TILES
@@ -380,6 +392,8 @@ FAMILIES: Final = {
         environment=kimi_vl.ENVIRONMENT,
         prepared=turned_in_pytorch,
     ),
+    "idefics3": _idefics("Idefics3"),
+    "smolvlm": _idefics("SmolVLM"),
     "glm4v": _glm(),
     "glm46v": _glm(newer=True),
     "glm4v_moe": _glm(experts=True),

@@ -95,6 +95,16 @@ def build(folder: Path, *, seed: int = 6) -> None:
 
 
 class Gemma3Oracle:
+    """Subclasses have other tiles.
+
+    Attributes:
+        side: tokens a side of a crop.
+        merge: patches a side of a token.
+        picture: what stands for an image in a prompt.
+    """
+
+    side, merge, picture = SIDE, MERGE, PICTURE
+
     def __init__(self, path: Path, *, crops: bool) -> None:
         from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
@@ -103,6 +113,7 @@ class Gemma3Oracle:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.crops = crops
+        self.image_token = self.model.config.image_token_index
         self.depth = self.model.config.vision_config.num_hidden_layers
         self._seen: dict[tuple[Any, bytes], Any] = {}
 
@@ -125,23 +136,24 @@ class Gemma3Oracle:
         return self._seen[key]
 
     def count(self, image: Image.Image) -> int:
-        return len(self._encode(image)[1]) * SIDE**2
+        return len(self._encode(image)[1]) * self.side**2
 
     def allowed(self, image: Image.Image) -> list[list[int]]:
-        return [list(range(SIDE**2))] * len(self._encode(image)[1])
+        return [list(range(self.side**2))] * len(self._encode(image)[1])
 
     def scores(self, image: Image.Image, layer: int, crop: int) -> list[float]:
         """Mean over the sixteen patches of a token."""
         attentions, _ = self._encode(image)
         patches = paper.scores(attentions[layer - 1][crop], has_cls=False)
-        width = SIDE * MERGE
+        side, merge = self.side, self.merge
+        width = side * merge
         found = []
-        for row in range(SIDE):
-            for column in range(SIDE):
+        for row in range(side):
+            for column in range(side):
                 inside = [
-                    patches[(row * MERGE + r) * width + column * MERGE + c]
-                    for r in range(MERGE)
-                    for c in range(MERGE)
+                    patches[(row * merge + r) * width + column * merge + c]
+                    for r in range(merge)
+                    for c in range(merge)
                 ]
                 found.append(sum(inside) / len(inside))
         return found
@@ -165,13 +177,13 @@ class Gemma3Oracle:
                 self.scores(image, self.depth, crop),
                 keep=share,
                 alpha=alpha,
-                columns=SIDE,
+                columns=self.side,
                 buffer=buffer,
             )
             for crop, share in enumerate(shares(total, [len(one) for one in allowed]))
         ]
 
-    def placeholder(self, kept: Sequence[Sequence[int]]) -> str:
+    def visual(self, image: Image.Image, kept: Sequence[Sequence[int]]) -> str:
         """What stands for a picture; a crop that keeps nothing has no frame."""
         token = "<image_soft_token>"
         frames = [
@@ -194,18 +206,17 @@ class Gemma3Oracle:
         answer: Sequence[int],
     ) -> torch.Tensor:
         """Log-probabilities before every token of `answer`, (len(answer), vocabulary)."""
-        config = self.model.config
-        first, *pieces = text.split(PICTURE)
+        first, *pieces = text.split(self.picture)
         visual = []
         for image, of_image, piece in zip(images, kept, pieces, strict=True):
             indices = self.allowed(image) if of_image is None else of_image
-            first += self.placeholder(indices) + piece
+            first += self.visual(image, indices) + piece
             _, tokens = self._encode(image)
             visual += [tokens[crop][list(one)] for crop, one in enumerate(indices)]
         ids = self.processor.tokenizer.encode(first, add_special_tokens=False)
         whole = torch.tensor([[*ids, *answer]])
         embeds = self.model.get_input_embeddings()(whole)
-        embeds[whole == config.image_token_index] = torch.cat(visual)
-        hidden = self.model.model.language_model(inputs_embeds=embeds).last_hidden_state[0]
+        embeds[whole == self.image_token] = torch.cat(visual)
+        hidden = self.model.get_decoder()(inputs_embeds=embeds).last_hidden_state[0]
         logits = self.model.lm_head(hidden[-len(answer) - 1 : -1])
         return torch.log_softmax(logits.double(), dim=-1)

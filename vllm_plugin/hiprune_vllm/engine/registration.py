@@ -16,6 +16,8 @@ CLASSES: Final = {
         "llava_onevision",
         "llava_onevision:LlavaOnevisionAdapter",
     ),
+    "Idefics3ForConditionalGeneration": ("idefics3", "idefics3:Idefics3Adapter"),
+    "SmolVLMForConditionalGeneration": ("smolvlm", "idefics3:Idefics3Adapter"),
     "InternVLChatModel": ("internvl", "internvl:InternVLChatAdapter"),
     "InternVLForConditionalGeneration": (
         "interns1:InternS1ForConditionalGeneration",

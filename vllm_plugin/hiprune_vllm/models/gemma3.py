@@ -73,7 +73,7 @@ class Gemma3Adapter(FamilyAdapter):
 
     def placeholder(self, tokens: Sequence[int], is_embed: Sequence[bool], keep: int) -> list[int]:
         """Of the picture and of each crop its own, between a newline and a tag on either side."""
-        return cut_by_tile(tokens, is_embed, keep, frame=2)
+        return cut_by_tile(tokens, is_embed, keep, framed=lambda start, stop: (start - 2, stop + 2))
 
     def encoded_tokens(self, hf_config: Any, inputs: Mapping[str, torch.Tensor]) -> int:
         crops, found = int(inputs["num_patches"]), len(inputs["pixel_values"])

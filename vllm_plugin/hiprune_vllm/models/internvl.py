@@ -73,6 +73,21 @@ def arranged(tiles: torch.Tensor) -> tuple[int, int]:
     return min(found, key=lambda grid: found[grid])
 
 
+def views_of_tiles(
+    tiles: torch.Tensor, mean: Colour, std: Colour, *, whole_last: bool
+) -> list[View]:
+    """Where the tiles of a picture belong; to the right of one that shows all of it."""
+    side = tiles.shape[-1]
+    across = arranged(tiles)[1] if whole_last else len(tiles)
+    views = []
+    for number, tile in enumerate(tiles):
+        row, col = divmod(number, across)
+        if whole_last:
+            row, col = (0, 0) if number == len(tiles) - 1 else (row, col + 1)
+        views.append(View(number, col * side, row * side, shown(tile, mean, std)))
+    return views
+
+
 class OfInternVL(FamilyAdapter):
     """What both layouts of its checkpoints share; videos stay as they are.
 
@@ -179,15 +194,8 @@ class OfInternVL(FamilyAdapter):
     ) -> list[View]:
         """The thumbnail, which is the last part, and the grid of tiles to the right of it."""
         tiles = inputs[self.pixels_name]
-        side, thumbnail = tiles.shape[-1], len(tiles) > 1 and self._thumbnail(hf_config)
-        across = arranged(tiles)[1] if thumbnail else len(tiles)
-        views = []
-        for number, tile in enumerate(tiles):
-            row, col = divmod(number, across)
-            if thumbnail:
-                row, col = (0, 0) if number == len(tiles) - 1 else (row, col + 1)
-            views.append(View(number, col * side, row * side, shown(tile, mean, std)))
-        return views
+        thumbnail = len(tiles) > 1 and self._thumbnail(hf_config)
+        return views_of_tiles(tiles, mean, std, whole_last=thumbnail)
 
 
 class InternVLChatAdapter(OfInternVL):

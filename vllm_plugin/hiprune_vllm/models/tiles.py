@@ -1,6 +1,6 @@
 """CLIP and SigLIP towers of the LLaVA families: square tiles of one size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -59,13 +59,14 @@ def cut_by_tile(
     is_embed: Sequence[bool],
     keep: int,
     *,
-    frame: int,
+    framed: Callable[[int, int], tuple[int, int]],
 ) -> list[int]:
     """A placeholder of several tiles, each a run of embeddings of its own, with their shares of N'.
 
     Args:
         tokens, is_embed, keep: as for `FamilyAdapter.placeholder`.
-        frame: tokens on either side of a run that go where its tile keeps nothing.
+        framed: of the places where a run starts and stops, where what goes with it does, if its
+            tile keeps nothing.
     """
     runs, place = [], 0
     for embed, group in groupby(is_embed):
@@ -80,8 +81,9 @@ def cut_by_tile(
             cut += tokens[place : start + share]
             place = stop
         else:
-            cut += tokens[place : start - frame]
-            place = stop + frame
+            first, after = framed(start, stop)
+            cut += tokens[place:first]
+            place = after
     return [*cut, *tokens[place:]]
 
 
