@@ -122,7 +122,10 @@ class HiPruneEndpointPlugin:
         processor = engine_client.renderer.mm_processor
         info = getattr(processor, "info", None)
         config = load({}, os.environ)
-        reason = why_unserved(engine_client.model_config.hf_config.architectures or ())
+        of_model = engine_client.model_config
+        # vLLM's class is another one than the checkpoint's where `--model-impl` says so.
+        names = [of_model.architecture, *(of_model.hf_config.architectures or ())]
+        reason = why_unserved(list(dict.fromkeys(names)))
         if config[DISABLE]:
             reason = f"pruning is switched off ({config.values[DISABLE].source})"
         state.hiprune = getattr(info, "pruning", None) or NoPruning(reason)

@@ -36,3 +36,13 @@ def test_pictures_are_served_whole(server):
 def test_a_budget_is_a_400_that_says_why(server):
     check_budgets_are_refused(server, CAT, REASON)
     assert server.ask([CAT]).usage.prompt_tokens > QUERIES
+
+
+@pytest.mark.long
+def test_a_checkpoint_by_transformers_own_model_is_served_whole(clip_checkpoint):
+    serving = serve(clip_checkpoint, "--model-impl", "transformers")
+    with running(serving, clip_checkpoint) as server:
+        assert server.ask([CAT]).usage.prompt_tokens > 576
+        reason = UNSERVED["TransformersMultiModalForCausalLM"]
+        assert httpx.get(f"{server.url}/v1/hiprune").json()["reason"].endswith(reason)
+        check_budgets_are_refused(server, CAT, reason)

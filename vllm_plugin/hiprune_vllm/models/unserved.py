@@ -22,6 +22,11 @@ _CHUNKS = (
     "vLLM takes its pictures for items of the kind vision_chunk, which pieces of videos are, too, "
     "and budgets are for images"
 )
+_OF_TRANSFORMERS = (
+    "with --model-impl transformers pictures go through that library's own model, whose "
+    "placeholders hiprune does not cut; serve the checkpoint by vLLM's own model where it has one "
+    "(--model-impl vllm)"
+)
 _WRITTEN_OUT = (
     "Mistral's own format writes all tokens of a picture into the prompt before anything could "
     "leave some out; serve Hugging Face's format (--config-format hf --load-format hf "
@@ -37,6 +42,10 @@ UNSERVED: Final = {
     "Molmo2ForConditionalGeneration": _POOLED,
     "KimiK25ForConditionalGeneration": _CHUNKS,
     "PixtralForConditionalGeneration": _WRITTEN_OUT,
+    "TransformersMultiModalForCausalLM": _OF_TRANSFORMERS,
+    "TransformersMultiModalMoEForCausalLM": _OF_TRANSFORMERS,
+    "TransformersMultiModalEmbeddingModel": _OF_TRANSFORMERS,
+    "TransformersMultiModalForSequenceClassification": _OF_TRANSFORMERS,
     "DeepseekVLV2ForCausalLM": _OTHER_TOWER,
     "OpenVLAForActionPrediction": _OTHER_TOWER,
     "DeepseekOCRForCausalLM": _READS_TEXT,
