@@ -93,3 +93,10 @@ def test_options_that_would_cut_a_picture_further_are_refused(processor):
     with pytest.raises(VLLMValidationError) as error:
         asked(processor, [PICTURES["strip"]], [{"tokens": 4}], **options)
     assert error.value.parameter == "mm_processor_kwargs"
+
+
+@pytest.mark.parametrize("plan", [{}, {"tokens": 9}])
+def test_the_one_newline_that_vllms_processor_trips_over_is_named(processor, plan):
+    with pytest.raises(VLLMValidationError, match="exactly one newline") as error:
+        asked(processor, [PICTURES["square"]], [plan], "\nWhat?")
+    assert error.value.parameter == "messages"

@@ -210,6 +210,7 @@ PROCESSOR_HOOKS = {
     "_get_mm_fields_config": ["self", "hf_inputs", "hf_processor_mm_kwargs"],
     "_get_prompt_updates": ["self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"],
     "_apply_prompt_updates": ["self", "token_ids", "mm_prompt_updates"],
+    "_validate_mm_placeholders": ["self", "mm_placeholders", "mm_item_counts"],
     "_get_cache_missing_items": ["self", "cache", "mm_data_items", "mm_hashes"],
     "_cached_apply_hf_processor": ["self", "inputs", "timing_ctx"],
     "_merge_mm_kwargs": [

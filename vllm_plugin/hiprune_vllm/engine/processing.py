@@ -266,6 +266,14 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         )
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
+    def _validate_mm_placeholders(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._validate_mm_placeholders(*args, **kwargs)
+        except RuntimeError as error:
+            if (misread := self.pruning.family.misread) is None:
+                raise
+            raise VLLMValidationError(f"messages: {misread}", parameter="messages") from error
+
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:

@@ -169,12 +169,15 @@ class FamilyAdapter(ABC):
         frames: of a video that a picture is to the checkpoint's processor, which counts the pixels
             of all of them; where sizes are free.
         takes_embeddings: whether vLLM's model takes pictures that were encoded elsewhere.
+        misread: what of a prompt makes vLLM's processor lose the place of a picture; None where
+            nothing does.
     """
 
     about: ClassVar[About]
     mrope: ClassVar[bool] = False
     frames: ClassVar[int] = 1
     takes_embeddings: ClassVar[bool] = True
+    misread: ClassVar[str | None] = None
 
     def of(self, hf_config: Any) -> "FamilyAdapter":
         """The adapter of a checkpoint: another one where families share a class of vLLM's."""

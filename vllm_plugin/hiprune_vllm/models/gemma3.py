@@ -34,6 +34,11 @@ class Gemma3Adapter(FamilyAdapter):
         dropped="the frame of a crop that keeps nothing",
     )
 
+    misread = (
+        "text right behind a picture must not begin with exactly one newline, which is taken for "
+        "the picture's own"
+    )
+
     def encoder(self, hf_config: Any) -> Encoder:
         vision = hf_config.vision_config
         if vision.model_type != "siglip_vision_model":
