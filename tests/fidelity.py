@@ -26,7 +26,8 @@ from tests.e2e.offline import (
 )
 from tests.photos import photo
 from tests.reference import gemma3
-from tests.reference.families import FAMILIES, Family, Oracle
+from tests.reference.families import FAMILIES, Family
+from tests.reference.oracles import Oracle
 from tests.reference.qwen import QwenOracle
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble")

@@ -22,7 +22,8 @@ from tests.e2e.asking import (
     run_stock,
 )
 from tests.e2e.offline import IN_PROCESS, in_new_process
-from tests.reference.families import FAMILIES, Family, Oracle
+from tests.reference.families import FAMILIES, Family
+from tests.reference.oracles import Oracle
 
 
 @pytest.mark.timeout(900)

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.kimi_k25.modeling_kimi_k25 import apply_rotary_pos_emb_vision
 
 from tests.reference import checkpoints, paper, random_llava, remote_kimi_vl
-from tests.reference.one_grid import OneGrid
+from tests.reference.pixtral import Encoding, PixtralOracle
 
 SPECIAL_TOKENS: Final = (
     "[PAD]",
@@ -190,23 +190,8 @@ def build(folder: Path, *, seed: int = 6) -> None:
     )
 
 
-class Encoding(NamedTuple):
-    """What the encoder makes of an image.
-
-    Attributes:
-        attentions: (heads, patches, patches) of every block.
-        tokens: (tokens, width), what the language model gets of the whole image.
-        rows, columns: of its tokens.
-    """
-
-    attentions: list[torch.Tensor]
-    tokens: torch.Tensor
-    rows: int
-    columns: int
-
-
-class KimiOracle(OneGrid):
-    """A checkpoint in fp32; its tokens are chosen by the slow transcription of the paper."""
+class KimiOracle(PixtralOracle):
+    picture = PAD
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForImageTextToText, AutoTokenizer, Kimi_K25Config
@@ -221,6 +206,7 @@ class KimiOracle(OneGrid):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         told = json.loads((path / "preprocessor_config.json").read_text())
         self.images = remote_kimi_vl.KimiVLImageProcessor(in_token_limit=told["in_token_limit"])
+        self.merge = 2
         self.depth = self.model.config.vision_config.num_hidden_layers
         self.object_layer = self.depth // 2
         self._seen: dict[Any, Encoding] = {}
@@ -255,43 +241,5 @@ class KimiOracle(OneGrid):
         self._seen[key] = Encoding(attentions, found.pooler_output[0], rows // 2, columns // 2)
         return self._seen[key]
 
-    def scores(self, image: Image.Image, layer: int) -> list[float]:
-        """Mean over the patches of a token, one token after another."""
-        encoded = self._encode(image)
-        patches = paper.scores(encoded.attentions[layer - 1], has_cls=False)
-        across = 2 * encoded.columns
-        corners = (0, 1, across, across + 1)
-        return [
-            sum(patches[2 * row * across + 2 * column + corner] for corner in corners) / 4
-            for row in range(encoded.rows)
-            for column in range(encoded.columns)
-        ]
-
-    def count(self, image: Image.Image) -> int:
-        return len(self._encode(image).tokens)
-
-    def columns(self, image: Image.Image) -> int:
-        return self._encode(image).columns
-
-    @torch.inference_mode()
-    def logprobs(
-        self,
-        text: str,
-        images: Sequence[Image.Image],
-        kept: Sequence[Sequence[int]],
-        answer: Sequence[int],
-    ) -> torch.Tensor:
-        """Log-probabilities before every token of `answer`, (len(answer), vocabulary)."""
-        embed = self.model.get_input_embeddings()
-        embeds = []
-        for i, piece in enumerate(text.split(PAD)):
-            ids = self.tokenizer.encode(piece, add_special_tokens=False)
-            embeds.append(embed(torch.tensor(ids, dtype=torch.long)))
-            if i < len(images):
-                embeds.append(self._encode(images[i]).tokens[list(kept[i])])
-        embeds.append(embed(torch.tensor(list(answer))))
-        states = self.model.model.language_model(
-            inputs_embeds=torch.cat(embeds)[None]
-        ).last_hidden_state[0]
-        logits = self.model.lm_head(states[-len(answer) - 1 : -1])
-        return torch.log_softmax(logits.double(), dim=-1)
+    def visual(self, image: Image.Image, indices: Sequence[int]) -> torch.Tensor:
+        return self._encode(image).tokens[list(indices)]

@@ -133,13 +133,22 @@ class Encoding(NamedTuple):
 
 
 class PixtralOracle(OneGrid):
-    """A checkpoint in fp32; its tokens are chosen by the slow transcription of the paper."""
+    """A checkpoint in fp32; its tokens are chosen by the slow transcription of the paper.
+
+    Subclasses have another tower.
+
+    Attributes:
+        picture: what stands for an image in a prompt.
+    """
+
+    picture = IMAGE
 
     def __init__(self, path: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
+        self.tokenizer = self.processor.tokenizer
         config = self.model.config
         self.merge = getattr(config, "spatial_merge_size", 1)
         self.depth = config.vision_config.num_hidden_layers
@@ -217,11 +226,11 @@ class PixtralOracle(OneGrid):
         answer: Sequence[int],
     ) -> torch.Tensor:
         """Log-probabilities before every token of `answer`, (len(answer), vocabulary)."""
-        tokenizer, embed = self.processor.tokenizer, self.model.get_input_embeddings()
+        embed = self.model.get_input_embeddings()
         visual = [self.visual(*of_image) for of_image in zip(images, kept, strict=True)]
         embeds = []
-        for i, piece in enumerate(text.split(IMAGE)):
-            ids = tokenizer.encode(piece, add_special_tokens=False)
+        for i, piece in enumerate(text.split(self.picture)):
+            ids = self.tokenizer.encode(piece, add_special_tokens=False)
             embeds.append(embed(torch.tensor(ids, dtype=torch.long)))
             embeds += visual[i : i + 1]
         embeds.append(embed(torch.tensor(list(answer))))

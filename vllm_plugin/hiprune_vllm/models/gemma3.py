@@ -20,7 +20,7 @@ from hiprune_vllm.models.base import (
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
-from hiprune_vllm.models.tiles import check_tiles, cut_by_tile
+from hiprune_vllm.models.tiles import batch_of_tiles, check_tiles, cut_by_tile, tiles_kept
 from hiprune_vllm.plan import About, Encoder, TokenCount
 
 
@@ -102,20 +102,15 @@ class Gemma3Adapter(FamilyAdapter):
 
     def batch(self, model: Any, **kwargs: object) -> Batch:
         inputs = model._parse_and_validate_image_input(**kwargs)
-        crops = inputs["num_patches"].tolist()  # on the CPU
-        return Batch(inputs["pixel_values"].split(crops), [(count,) for count in crops])
+        return batch_of_tiles(inputs["pixel_values"], inputs["num_patches"].tolist())  # on the CPU
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         """The crops that keep something.
 
         vLLM's projector averages over whole crops, so what it does stands here by its parts.
         """
-        crops = [
-            pixels[part.number]
-            for pixels, of_image in zip(batch.pixels, parts, strict=True)
-            for part in of_image
-        ]
-        features = model._image_pixels_to_features(model.vision_tower, torch.stack(crops))
+        crops = tiles_kept(batch, parts)
+        features = model._image_pixels_to_features(model.vision_tower, crops)
         projector = model.multi_modal_projector
         patches = features.view(-1, projector.kernel_size**2, features.shape[-1])
         normed = projector.mm_soft_emb_norm(patches.mean(dim=1))

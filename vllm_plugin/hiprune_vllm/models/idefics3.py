@@ -20,7 +20,7 @@ from hiprune_vllm.models.base import (
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.internvl import views_of_tiles
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
-from hiprune_vllm.models.tiles import check_tiles, cut_by_tile
+from hiprune_vllm.models.tiles import batch_of_tiles, check_tiles, cut_by_tile, tiles_kept
 from hiprune_vllm.plan import About, Encoder, TokenCount
 
 
@@ -116,8 +116,7 @@ class Idefics3Adapter(FamilyAdapter):
 
     def batch(self, model: Any, **kwargs: object) -> Batch:
         inputs = model._parse_and_validate_image_input(**kwargs)
-        counts = [int(count) for count in inputs["num_patches"].flatten().tolist()]
-        return Batch(inputs["pixel_values"].split(counts), [(count,) for count in counts])
+        return batch_of_tiles(inputs["pixel_values"], inputs["num_patches"].flatten().tolist())
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         """The tiles that keep something, of `batch.pixels`: (tiles, 3, side, side) an image.
@@ -125,13 +124,7 @@ class Idefics3Adapter(FamilyAdapter):
         Tiles are full of the picture, so there is nothing to mask. Not the tower's own forward:
         with `--mm-encoder-tp-mode data` it would share out tiles that are shared out already.
         """
-        tiles = torch.stack(
-            [
-                pixels[part.number]
-                for pixels, of_image in zip(batch.pixels, parts, strict=True)
-                for part in of_image
-            ]
-        )
+        tiles = tiles_kept(batch, parts)
         vision, connector = model.model.vision_model, model.model.connector
         side = vision.config.image_size // vision.config.patch_size
         whole = torch.ones(len(tiles), side, side, dtype=torch.bool, device=tiles.device)

@@ -31,6 +31,7 @@ from hiprune_vllm.models.base import (
 )
 from hiprune_vllm.models.images import Part
 from hiprune_vllm.models.qwen2_vl import OF_MERGING
+from hiprune_vllm.models.tiles import batch_of_tiles, tiles_kept
 from hiprune_vllm.plan import About, Encoder, TokenCount
 
 MANY = 40
@@ -167,17 +168,11 @@ class OfInternVL(FamilyAdapter):
 
     def batch(self, model: Any, **kwargs: object) -> Batch:
         inputs = model._parse_and_validate_image_input(**kwargs)
-        counts = [int(count) for count in inputs["num_patches"].flatten().tolist()]
-        return Batch(inputs[self.pixels_name].split(counts), [(count,) for count in counts])
+        return batch_of_tiles(inputs[self.pixels_name], inputs["num_patches"].flatten().tolist())
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         """The tiles that keep something, of `batch.pixels`: (tiles, 3, side, side) an image."""
-        tiles = [
-            pixels[part.number]
-            for pixels, of_image in zip(batch.pixels, parts, strict=True)
-            for part in of_image
-        ]
-        patches = self._patches(model, torch.stack(tiles))[0, 1:]
+        patches = self._patches(model, tiles_kept(batch, parts))[0, 1:]
         merged = patches.reshape(-1, self._merge(model.config) ** 2 * patches.shape[-1])
         return self._projected(model, merged)
 

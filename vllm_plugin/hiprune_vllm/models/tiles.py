@@ -105,6 +105,22 @@ def check_tiles(count: int, most: int) -> None:
         )
 
 
+def batch_of_tiles(pixels: Any, counts: Sequence[int]) -> Batch:
+    """A batch of images that are so many tiles each, all of them in `pixels`, one after another."""
+    return Batch(pixels.split(list(counts)), [(count,) for count in counts])
+
+
+def tiles_kept(batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
+    """The tiles of which something stays, (tiles, 3, side, side), where each part is one."""
+    return torch.stack(
+        [
+            pixels[part.number]
+            for pixels, of_image in zip(batch.pixels, parts, strict=True)
+            for part in of_image
+        ]
+    )
+
+
 class TileAdapter(FamilyAdapter):
     """A LLaVA-like family; each tile is a row of the batch.
 
