@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 
 from hiprune_server import metrics
+from hiprune_server.grammars import FIELDS
 from hiprune_server.rendering import PrunedRenderer, blamed_on_the_request
 from hiprune_server.report import Report, on_events, on_responses, report_of
 from hiprune_server.resending import Resending
@@ -57,7 +58,7 @@ def blamed_on_the_grammar(request: Any) -> Iterator[None]:
     try:
         yield
     except GenerationError as error:
-        for field in ("structured_outputs", "response_format", "text", "tools"):
+        for field in FIELDS:
             if getattr(request, field, None):
                 raise VLLMValidationError(
                     f"{field} must be a form that this model can answer in, "

@@ -203,6 +203,9 @@ SETTINGS: Final = (
     Setting("limits.max_body_values", "N",
             "values that a JSON body may have; an object or list counts as 25",
             _count, _number, 250_000),
+    Setting("limits.grammar_seconds", "N",
+            "seconds of a processor that making the form of an answer (JSON schema, grammar) may "
+            "take", _count, _number, 10),
     Setting(PIXELS, "N", "pixels that a picture may have, also once it is scaled for the encoder",
             _count, _number, 50_000_000),
     Setting("metrics_key", "BOOL", "whether /metrics asks for the API key, too",

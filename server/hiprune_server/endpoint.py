@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import functools
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ from hiprune_server.bodies import BodyLimits
 from hiprune_server.chat import PrunedChat, PrunedMessages, PrunedResponses, pruned
 from hiprune_server.config import DISABLE, Config, load
 from hiprune_server.explain import Explainer, explain
+from hiprune_server.grammars import Grammars
 from hiprune_server.guard import STOPPING, Guard
 from hiprune_server.overload import bound_the_queue
 from hiprune_server.pooling import HANDLERS, take_budgets
@@ -134,10 +136,14 @@ class HiPruneEndpointPlugin:
             if (handler := getattr(state, name, None)) is not None:
                 take_budgets(handler, state.hiprune)
         bound_the_queue(engine_client, args)
+        grammars = Grammars(engine_client.vllm_config, config["limits.grammar_seconds"])
+        engine_client.generate = functools.partial(grammars.generate, engine_client.generate)
         if getattr(state, "openai_serving_chat", None) is None:
             return  # a model that makes no text
         chat = state.openai_serving_chat
-        renderer = PrunedRenderer.around(chat.online_renderer, state.hiprune, state.hiprune_presets)
+        renderer = PrunedRenderer.around(
+            chat.online_renderer, state.hiprune, state.hiprune_presets, grammars
+        )
         state.openai_serving_chat = pruned(chat, OpenAIServingChat, PrunedChat, renderer)
         state.openai_serving_responses = pruned(
             state.openai_serving_responses, OpenAIServingResponses, PrunedResponses, renderer

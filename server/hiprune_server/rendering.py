@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from hiprune_server import metrics
+from hiprune_server.grammars import Grammars, form_field
 from hiprune_server.report import MEDIA, Report, media_tokens, report_of
 from hiprune_server.resending import AGAIN
 from hiprune_server.shape import check_messages, tensors_in
@@ -102,11 +103,12 @@ class PrunedRenderer(OnlineRenderer):
 
     _pruning: Pruning
     _presets: Presets
+    _grammars: Grammars
     _trust_request: bool
 
     @classmethod
     def around(
-        cls, renderer: OnlineRenderer, pruning: Pruning, presets: Presets
+        cls, renderer: OnlineRenderer, pruning: Pruning, presets: Presets, grammars: Grammars
     ) -> "PrunedRenderer":
         """A pruned copy of vLLM's `renderer`, which itself stays as it is."""
         if type(renderer) is not OnlineRenderer:
@@ -117,17 +119,27 @@ class PrunedRenderer(OnlineRenderer):
         pruned.__dict__.update(renderer.__dict__)
         pruned._pruning = pruning
         pruned._presets = presets
+        pruned._grammars = grammars
         pruned._trust_request = renderer.trust_request_mm_kwargs
         pruned.trust_request_mm_kwargs = True
         return pruned
 
     async def render_chat(self, request: Any, **kwargs: Any) -> Any:
         with blamed_on_the_request("messages"):
-            return await super().render_chat(request, **kwargs)
+            rendered = await super().render_chat(request, **kwargs)
+        await self._check_form(request)
+        return rendered
 
     async def render_responses(self, request: Any, **kwargs: Any) -> Any:
         with blamed_on_the_request("input"):
-            return await super().render_responses(request, **kwargs)
+            rendered = await super().render_responses(request, **kwargs)
+        await self._check_form(request)
+        return rendered
+
+    async def _check_form(self, request: Any) -> None:
+        """Refuses a costly grammar, which vLLM's parsers may have made by now, before a stream."""
+        if not getattr(request, "use_beam_search", False):  # vLLM's takes no grammar
+            await self._grammars.check(request.to_sampling_params(1, {}), form_field(request))
 
     async def preprocess_chat(
         self, request: Any, messages: list[Any], *args: Any, **kwargs: Any

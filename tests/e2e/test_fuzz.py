@@ -164,6 +164,8 @@ FORMS = (  # which the demo model's vocabulary has no words for, or which are no
     {"structured_outputs": {"grammar": "root ::= "}},
     {"structured_outputs": {"regex": "("}},
     {"structured_outputs": {"choice": []}},
+    {"structured_outputs": {"choice": [f"word{i}" for i in range(60_000)]}},  # long to prepare
+    {"structured_outputs": {"regex": "(.{0,999}x){0,999}"}},
 )
 KINDS = (  # well formed, and in the wrong place, form or size
     {"extra_body": {"hiprune": {"tokens": 1}}},

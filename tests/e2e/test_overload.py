@@ -27,6 +27,7 @@ def server(tmp_path_factory):
         *(str(BIN / "hiprune-serve"), "--demo", "--api-key", "s3cret", "second"),
         *("--max-num-seqs", "2", "--max_num_queued_reqs", str(QUEUE)),
         *("--hiprune-body-seconds", "2", "--hiprune-max-held-bytes", "67108864"),
+        *("--hiprune-grammar-seconds", "2"),
     ]
     with running(command, tmp_path_factory.mktemp("overload"), model="hiprune-demo") as one:
         yield one
@@ -225,3 +226,59 @@ def held_by_plain_text(server):
     began = time.monotonic()
     assert post(server, CHAT, text).status_code == 400  # longer than the model's context
     return time.monotonic() - began
+
+
+RULES = range(3000)
+COSTLY = {
+    "many words": {"structured_outputs": {"choice": [f"word{i}" for i in range(100_000)]}},
+    "entangled rules": {
+        "structured_outputs": {
+            "grammar": "root ::= r0\n"
+            + "\n".join(
+                f'r{i} ::= (r{(7 * i + 1) % 3000} | r{(3 * i + 2) % 3000} | "x")*' for i in RULES
+            )
+        }
+    },
+    "long texts": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "long",
+                "schema": {
+                    "type": "object",
+                    "properties": {f"p{i}": {"type": "string", "maxLength": 5000} for i in RULES},
+                },
+            },
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_form_that_takes_long_to_prepare_is_refused_and_holds_nobody_up(server, kind, stream):
+    post(server, CHAT, body(structured_outputs={"choice": ["a", "an"]}))  # starts what tries them
+    (field,) = COSTLY[kind]
+    with Watched(server) as watched:
+        answer = post(server, CHAT, body(stream=stream, **COSTLY[kind]))
+        others = post(server, CHAT, body())
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert "limits.grammar_seconds" in error["message"]
+    assert others.status_code == 200
+    assert watched.slowest < 5
+
+
+def test_a_costly_form_is_refused_on_routes_that_are_vllms_own(server):
+    request = {"model": "hiprune-demo", "prompt": "Hi"} | COSTLY["entangled rules"]
+    answer = post(server, "/v1/completions", request)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "structured_outputs"
+
+
+def test_a_form_of_everyday_use_is_kept(server):
+    request = body(structured_outputs={"choice": ["red", "green"]})
+    first = post(server, CHAT, request)
+    assert first.json()["choices"][0]["message"]["content"].strip() in ("red", "green")
+    assert post(server, CHAT, request).json()["choices"] == first.json()["choices"]

@@ -65,6 +65,8 @@ ALLOWED = {
         "hiprune_server",
         "hiprune_vllm.plan",
     ],
+    "hiprune_server/grammars.py": ["vllm", "hiprune_server.metrics"],
+    "hiprune_server/grammar_trial.py": ["torch", "vllm"],
     "hiprune_server/releases.py": ["vllm"],
     "hiprune_server/resending.py": [],
     "hiprune_server/shape.py": ["vllm"],

@@ -17,6 +17,7 @@ from vllm.renderers.registry import renderer_from_config
 import hiprune_server.media  # noqa: F401 - registers the connector
 from hiprune_server.chat import PrunedMessages
 from hiprune_server.demo import CHECKPOINT
+from hiprune_server.grammars import Grammars
 from hiprune_server.rendering import PrunedRenderer, ServerTrouble
 from hiprune_server.requests import (
     PrunedChatRequest,
@@ -57,7 +58,8 @@ def renderer(folder, template=None, **options):
         chat_template=template,
         chat_template_content_format="auto",
     )
-    return PrunedRenderer.around(plain, of_vllm.mm_processor.info.pruning, {})
+    grammars = Grammars(config, seconds=10)
+    return PrunedRenderer.around(plain, of_vllm.mm_processor.info.pruning, {}, grammars)
 
 
 @pytest.fixture(scope="module")
