@@ -17,7 +17,7 @@ IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
-	load load-ui lmms-env demo-model vllm test-vllm bench-vllm vllm-diff contract lint lock check-deploy docs-check gpu-check \
+	doctor load load-ui lmms-env demo-model vllm test-vllm bench-vllm vllm-diff contract lint lock check-deploy docs-check gpu-check \
 	release-check sbom sbom-image wheel clean
 
 help: ## this list
@@ -157,8 +157,11 @@ lock: venv ## compile requirements/*.lock again
 	grep -A99 '^uv==' requirements/cpu.lock | awk 'NR > 1 && !/^ +--hash/ { exit } { print }' \
 		| sed '$$ s/ *\\$$//' > requirements/installer.lock
 
+doctor: ## whether `docker compose up` can succeed on this host, or what to do first
+	$(PYTHON) deploy/doctor.py
+
 check-deploy: venv ## images, Compose, Prometheus, Kubernetes: everything that can be read without starting it
-	$(BIN)/python -m pytest tests/unit/test_deploy.py tests/unit/test_kubernetes.py tests/unit/test_router.py $(ARGS)
+	$(BIN)/python -m pytest tests/unit/test_deploy.py tests/unit/test_doctor.py tests/unit/test_tls.py tests/unit/test_kubernetes.py tests/unit/test_router.py $(ARGS)
 
 docs-check: venv ## dead links, and the commands in the documents that are marked as runnable
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.docs $(ARGS)

@@ -1,6 +1,6 @@
 # The demo on the CPU engine, from the lock file. Build it from the repository's root:
 #   docker build -f docker/cpu.Dockerfile -t hiprune-cpu:0.1.0 .
-ARG BASE_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
+ARG BASE_IMAGE=docker.io/library/python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 
 FROM ${BASE_IMAGE} AS build
 WORKDIR /src
@@ -40,7 +40,7 @@ USER 10001:0
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python3", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
 # As process 1 an init hands signals on from the first moment and reaps what workers leave behind.
 ENTRYPOINT ["tini", "--", "hiprune-serve"]
 CMD ["--demo", "--host=0.0.0.0", "--port=8000"]

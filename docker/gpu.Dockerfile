@@ -2,7 +2,7 @@
 #   docker build -f docker/gpu.Dockerfile -t hiprune-gpu:0.1.0 .
 # A mirror or another build of the same vLLM release: --build-arg BASE_IMAGE=...
 ARG BASE_IMAGE=docker.io/vllm/vllm-openai:v0.33.0
-ARG BUILD_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
+ARG BUILD_IMAGE=docker.io/library/python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 
 FROM ${BUILD_IMAGE} AS build
 WORKDIR /src
@@ -46,7 +46,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # The first start fetches the model: tens of gigabytes may take half an hour.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30m --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python3", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
 # As process 1 an init hands signals on from the first moment and reaps what workers leave behind.
 ENTRYPOINT ["tini", "--", "hiprune-serve"]
 CMD ["llava-hf/llava-1.5-7b-hf", "--host=0.0.0.0", "--port=8000"]

@@ -1,6 +1,6 @@
 # The load tests (docs/load-testing.md), from the lock file. Build it from the repository's root:
 #   docker build -f docker/load.Dockerfile -t hiprune-load:0.1.0 .
-ARG BASE_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
+ARG BASE_IMAGE=docker.io/library/python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 
 FROM ${BASE_IMAGE} AS build
 WORKDIR /src

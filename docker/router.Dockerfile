@@ -1,6 +1,6 @@
 # vLLM's own router, for several replicas (docs/deploy.md), from the lock file. Build it from the repository's root:
 #   docker build -f docker/router.Dockerfile -t hiprune-router:0.1.0 .
-ARG BASE_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
+ARG BASE_IMAGE=docker.io/library/python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 
 FROM ${BASE_IMAGE} AS build
 WORKDIR /src
@@ -28,7 +28,7 @@ USER 10001:0
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=1m --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/liveness', timeout=4)"]
+    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8080, timeout=4); c.request('GET', '/liveness'); exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["tini", "--", "vllm-router"]
 CMD ["--help"]
 ARG VERSION=0.1.0

@@ -1,11 +1,13 @@
 """Files that deploy the server: images, Compose, Prometheus, Grafana. Read, never run, here."""
 
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +34,9 @@ def passes(*command):
 
 def services():
     return yaml.safe_load(COMPOSE[1].read_text())["services"]
+
+
+MONITORING = {"prometheus", "alertmanager", "grafana"}
 
 
 @cache
@@ -68,7 +73,8 @@ def test_images_and_tests_are_of_the_newest_release_that_is_served():
     (newest,) = re.findall(r"^vllm==(\S+)", (ROOT / "requirements/vllm.lock").read_text())
     assert tuple(map(int, newest.split(".")[:2])) == (BELOW[0], BELOW[1] - 1)
     for name in ("docker/gpu.Dockerfile", "docker/compose.yaml", ".env.example"):
-        assert re.findall(r"vllm-openai:v([\d.]+)", (ROOT / name).read_text()) == [newest], name
+        named = re.findall(r"vllm-openai:v(\d+\.\d+\.\d+)", (ROOT / name).read_text())
+        assert set(named) == {newest}, name
     assert f"\nNEWEST := {newest}\n" in (ROOT / "Makefile").read_text()
 
 
@@ -88,14 +94,16 @@ def test_the_schema_would_find_a_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("profiles", "expected"),
     [
-        ((), {"server", "prometheus", "grafana"}),
-        (("gpu",), {"server", "prometheus", "grafana"}),
-        (("cpu",), {"demo", "prometheus", "grafana"}),
-        (("load",), {"server", "load", "prometheus", "grafana"}),
+        ((), {"server"}),
+        (("gpu",), {"server"}),
+        (("cpu",), {"demo"}),
+        (("load",), {"server", "load"}),
+        (("gpu", "tls", "dcgm"), {"server", "tls", "dcgm"}),
+        (("cpu", "tls"), {"demo", "tls"}),
     ],
 )
 def test_profiles_choose_what_starts(profiles, expected):
-    assert set(resolved(*profiles)["services"]) == expected
+    assert set(resolved(*profiles)["services"]) == expected | MONITORING
 
 
 def test_nothing_listens_beyond_this_host_unless_asked():
@@ -108,18 +116,32 @@ def test_nothing_listens_beyond_this_host_unless_asked():
     assert opened["grafana"]["ports"][0]["host_ip"] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("name", ["server", "demo", "load", "prometheus", "grafana"])
+OURS = {"server", "demo", "load"}
+
+
+@pytest.mark.parametrize("name", sorted(OURS | MONITORING | {"tls", "dcgm"}))
 def test_a_service_can_do_little_and_fills_no_disk(name):
-    everything = resolved("gpu", "cpu", "load")["services"]
+    everything = resolved("gpu", "cpu", "load", "tls", "dcgm")["services"]
+    assert set(everything) == OURS | MONITORING | {"tls", "dcgm"}
     service = everything[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+    assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "tls" else [])
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}
-    assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "not pinned"
+    digest = "" if name in OURS else "@sha256:[0-9a-f]{64}"
+    assert re.search(rf":v?\d+\.\d+\.\d+[\w.-]*{digest}$", service["image"]), "not pinned"
     if name != "load":
         assert service["restart"] == "unless-stopped"
+    if name not in ("load", "dcgm"):
         assert service["healthcheck"]["test"][0] == "CMD"
+
+
+def test_every_image_that_is_built_stands_on_the_same_python():
+    files = [*DOCKERFILES, COMPOSE[1], ROOT / ".env.example"]
+    named = {tag for path in files for tag in re.findall(r"/python:([^\s}]+)", path.read_text())}
+    assert len(named) == 1
+    assert re.fullmatch(r"3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", named.pop())
 
 
 def test_the_server_has_a_gpu_shared_memory_a_cache_and_time_to_fetch_its_model():
@@ -127,7 +149,7 @@ def test_the_server_has_a_gpu_shared_memory_a_cache_and_time_to_fetch_its_model(
     (device,) = server["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"], device["count"]) == ("nvidia", ["gpu"], 1)
     assert int(server["shm_size"]) >= 2**30
-    assert {volume["target"] for volume in server["volumes"]} == {"/var/cache/hiprune"}
+    assert [volume["target"] for volume in server["volumes"]] == ["/var/cache/hiprune"]
     assert server["healthcheck"]["start_period"] == "1h0m0s"
     assert server["command"][0] == "llava-hf/llava-1.5-7b-hf"
     assert "deploy" not in resolved("cpu")["services"]["demo"]
@@ -167,8 +189,10 @@ def test_every_setting_of_the_server_and_no_other_is_passed_on():
 def test_the_example_of_settings_explains_every_variable_with_its_default():
     text = (ROOT / ".env.example").read_text()
     explained = dict(re.findall(r"^#?([A-Z][A-Z_]+)=(.*)$", text, re.MULTILINE))
-    compose = COMPOSE[1].read_text()
-    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", compose))
+    compose = "".join(path.read_text() for path in COMPOSE)
+    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}$]*)\}", compose))
+    used["TENSOR_SIZE"] = used["GPU_COUNT"]
+    assert set(used) == set(re.findall(r"\$\{([A-Z_]+)", compose))
     passed = re.findall(r"^  (HIPRUNE_[A-Z_]+):$", compose, re.MULTILINE)
     assert set(explained) == set(used) | set(passed)
     for name, default in used.items():
@@ -186,6 +210,109 @@ def test_the_example_is_accepted_as_it_stands(tmp_path):
 
     environment = json.loads(ran.stdout)["services"]["server"]["environment"]
     load({}, environment)
+
+
+def test_what_has_no_name_in_compose_reaches_the_server_by_a_file(tmp_path):
+    example = (ROOT / "docker/server.env.example").read_text()
+    named = dict(re.findall(r"^#([A-Z][A-Z_]+)=(.*)$", example, re.MULTILINE))
+    assert {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_PROXY"} <= set(named)
+    file = tmp_path / "server.env"
+    file.write_text(re.sub(r"^#(?=[A-Z][A-Z_]+=)", "", example, flags=re.MULTILINE))
+    environment = resolved(SERVER_ENV=str(file))["services"]["server"]["environment"]
+    assert named.items() <= environment.items()
+    assert environment.items() - named.items() >= {("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")}
+    # Without the file nothing is missing.
+    assert not set(named) & set(resolved()["services"]["server"]["environment"])
+    assert not [name for name in named if name.startswith("HIPRUNE_")]
+
+
+def test_a_cache_of_the_host_takes_the_place_of_the_hubs(tmp_path):
+    server = resolved(MODELS_DIR=str(tmp_path), SERVER_USER="1000:0")["services"]["server"]
+    mounts = {one["target"]: one["source"] for one in server["volumes"]}
+    assert mounts == {
+        "/var/cache/hiprune": "models",
+        "/var/cache/hiprune/.cache/huggingface": str(tmp_path),
+    }
+    assert server["user"] == "1000:0"
+    assert resolved()["services"]["server"]["user"] == "10001:0"
+
+
+def test_gpus_are_counted_or_named_and_shared_out(tmp_path):
+    def flags(**variables):
+        command = resolved(**variables)["services"]["server"]["command"]
+        return {
+            name: command[command.index(f"--{name}-parallel-size") + 1]
+            for name in ("tensor", "pipeline")
+        }
+
+    assert flags() == {"tensor": "1", "pipeline": "1"}
+    assert flags(GPU_COUNT="4") == {"tensor": "4", "pipeline": "1"}
+    shared = flags(GPU_COUNT="4", TENSOR_SIZE="2", PIPELINE_SIZE="2")
+    assert shared == {"tensor": "2", "pipeline": "2"}
+    server = resolved(OVERRIDE="devices.yaml")["services"]["server"]
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert device["device_ids"] == ["0"]
+    assert "count" not in device
+
+
+def test_memory_has_a_limit_where_it_is_asked_for():
+    assert int(resolved(MEMORY_LIMIT="64g")["services"]["server"]["mem_limit"]) == 64 * 2**30
+    assert int(resolved()["services"]["server"].get("mem_limit", 0)) == 0
+
+
+class Alive(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == self.server.healthy else 503)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def health_checks():
+    for name in ("server", "demo"):
+        yield pytest.param(services()[name]["healthcheck"]["test"][1:], "/health", id=name)
+    for path in DOCKERFILES:
+        if found := re.search(r"^    CMD (\[.*\])$", path.read_text(), re.MULTILINE):
+            route = "/liveness" if path.name.startswith("router") else "/health"
+            yield pytest.param(json.loads(found[1]), route, id=path.name)
+
+
+@pytest.mark.parametrize(("command", "route"), list(health_checks()))
+def test_a_health_check_asks_the_server_itself_whatever_proxy_is_set(command, route):
+    """The check's own words, but for the port, which is one that is free here."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Alive) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        dead = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+        script = re.sub(r"\b80[08]0\b", str(server.server_port), command[2])
+        for healthy, status in ((route, 0), ("/nowhere", 1)):
+            server.healthy = healthy
+            ran = run(sys.executable, *command[1:2], script, env=os.environ | dead)
+            assert ran.returncode == status, ran.stderr
+        server.shutdown()
+
+
+def test_a_health_check_of_compose_has_no_blank_that_podman_would_split():
+    assert not any(" " in word for word in services()["server"]["healthcheck"]["test"])
+
+
+ALERTMANAGER = ROOT / "deploy" / "alertmanager"
+
+
+@pytest.mark.skipif(not shutil.which("amtool"), reason="needs prometheus-alertmanager, of Debian")
+def test_alertmanager_accepts_every_receiver():
+    passes("amtool", "check-config", *sorted(ALERTMANAGER.glob("*.yaml")))
+
+
+def test_alerts_go_to_the_receiver_that_is_named():
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())
+    (manager,) = config["alerting"]["alertmanagers"]
+    assert manager["static_configs"] == [{"targets": ["alertmanager:9093"]}]
+    for variables in ({}, {"ALERT_RECEIVER": "slack", "ALERT_URL_FILE": "secrets/alert_url"}):
+        command = resolved(**variables)["services"]["alertmanager"]["command"]
+        (path,) = [word.partition("=")[2] for word in command if "--config.file" in word]
+        assert (ALERTMANAGER / Path(path).name).exists()
+    assert "/run/secrets/alert_url" in (ALERTMANAGER / "slack.yaml").read_text()
 
 
 AS_JSON = ["--limit-mm-per-prompt", '{"image": 4}']
@@ -308,6 +435,33 @@ def test_the_dashboard_reads_the_provisioned_source_and_its_panels_do_not_overla
                 cells.add((x, y))
         assert panel["type"] == "row" or (panel["description"] and panel["targets"])
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+RENOVATE = ROOT / ".github" / "renovate.json"
+
+
+def test_renovates_configuration_is_valid():
+    passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.renovate", RENOVATE)
+
+
+def test_renovate_finds_every_image_of_compose_and_of_its_example():
+    (manager,) = json.loads(RENOVATE.read_text())["customManagers"]
+    (pattern,) = manager["matchStrings"]
+    pattern = re.compile(pattern.replace("(?<", "(?P<"))
+    for path in (COMPOSE[1], ROOT / ".env.example"):
+        text = path.read_text()
+        found = {one["depName"] for one in pattern.finditer(text)}
+        assert found == {
+            "docker.io/vllm/vllm-openai",
+            "docker.io/library/python",
+            "docker.io/library/caddy",
+            "docker.io/prom/prometheus",
+            "docker.io/prom/alertmanager",
+            "docker.io/grafana/grafana",
+            "nvcr.io/nvidia/k8s/dcgm-exporter",
+        }, path.name
+        for one in pattern.finditer(text):
+            assert one["currentDigest"] or one["depName"].endswith("vllm-openai")
 
 
 WORKFLOWS = ROOT / ".github" / "workflows"
