@@ -5,7 +5,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_server import cli, config
+from hiprune_server.operations import cli, config
 from tests.reference import checkpoints, random_llava
 
 

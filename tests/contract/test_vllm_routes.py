@@ -13,9 +13,9 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hiprune_server.auth import ADMINISTRATION, OPEN
-from hiprune_server.places import OF_NUMBERS, READ
-from hiprune_server.releases import make_arg_parser
+from hiprune_server.hardening.auth import ADMINISTRATION, OPEN
+from hiprune_server.hardening.releases import make_arg_parser
+from hiprune_server.wishes.places import OF_NUMBERS, READ
 
 KEY = {"authorization": "Bearer s3cret"}
 ADMINISTERS = re.compile(

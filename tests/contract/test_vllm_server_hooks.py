@@ -23,8 +23,8 @@ from vllm.renderers import BaseRenderer, chat_utils
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine import utils as engine_utils
 
-from hiprune_server.endpoint import HiPruneEndpointPlugin
-from hiprune_server.media import GuardedConnector
+from hiprune_server.hardening.media import GuardedConnector
+from hiprune_server.routes.endpoint import HiPruneEndpointPlugin
 
 
 def parameters(function):

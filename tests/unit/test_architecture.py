@@ -1,6 +1,7 @@
 """The arrows of the design: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,85 +49,69 @@ ALLOWED = {
         "prometheus_client",
         "hiprune_vllm",
     ],
-    "hiprune_server/cli.py": ["vllm", "yaml", "hiprune_server", "hiprune_vllm.plan"],
-    "hiprune_server/config.py": [
+    # The server's rooms, from what knows least to what knows all. Metrics and settings stand with
+    # what an operator deals with, and are the two modules there that other rooms may know.
+    "hiprune_server/__init__.py": [],
+    "hiprune_server/wishes": ["hiprune_server.wishes", "hiprune_vllm.plan"],
+    "hiprune_server/operations/metrics.py": ["prometheus_client", "hiprune_vllm.plan"],
+    "hiprune_server/operations/config.py": [
         "yaml",
+        "hiprune_server.wishes.details",
         "hiprune_vllm.plan",
         "hiprune_vllm.reading",
         "hiprune_vllm.pruning.budget",
     ],
-    "hiprune_server/details.py": ["hiprune_server.config", "hiprune_vllm.plan"],
-    "hiprune_server/chat.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
-    "hiprune_server/requests.py": [
+    "hiprune_server/operations/banner.py": ["hiprune_vllm", "hiprune_server.demo"],
+    "hiprune_server/hardening": [
         "vllm",
         "fastapi",
+        "starlette",
         "pydantic",
         "pydantic_core",
-        "hiprune_server",
-        "hiprune_vllm.plan",
-    ],
-    "hiprune_server/grammars.py": ["vllm", "hiprune_server.metrics"],
-    "hiprune_server/grammar_trial.py": ["torch", "vllm"],
-    "hiprune_server/releases.py": ["vllm"],
-    "hiprune_server/resending.py": [],
-    "hiprune_server/shape.py": ["vllm"],
-    "hiprune_server/templates.py": ["vllm", "hiprune_server.wishes", "hiprune_vllm.plan"],
-    "hiprune_server/rendering.py": ["vllm", "hiprune_server", "hiprune_vllm.plan"],
-    "hiprune_server/explain.py": [
-        "vllm",
-        "fastapi",
-        "pydantic",
-        "PIL",
-        "hiprune_server",
-        "hiprune_vllm.plan",
-    ],
-    "hiprune_server/media.py": [
-        "vllm",
         "aiohttp",
         "requests",
         "pybase64",
-        "hiprune_server.pictures",
-        "hiprune_server.releases",
+        "hiprune_server.hardening",
+        "hiprune_server.wishes",
+        "hiprune_server.operations.metrics",
+        "hiprune_vllm.plan",
     ],
-    "hiprune_server/pictures.py": ["numpy", "PIL"],
-    "hiprune_server/wishes.py": ["hiprune_vllm.plan"],
-    "hiprune_server/places.py": ["hiprune_vllm.plan"],
-    "hiprune_server/openapi.py": ["fastapi", "hiprune_vllm.plan", "hiprune_vllm.reading"],
-    "hiprune_server/pooling.py": ["hiprune_server", "hiprune_vllm.plan"],
-    "hiprune_server/report.py": ["vllm", "hiprune_vllm.plan"],
-    "hiprune_server/playground": ["fastapi", "starlette", "hiprune_server.demo"],
-    "hiprune_server/endpoint.py": [
+    # Modules that can be read without the rest of their room.
+    "hiprune_server/hardening/bodies.py": [
+        "starlette",
+        "hiprune_server.operations.metrics",
+        "hiprune_server.hardening.refusals",
+    ],
+    "hiprune_server/hardening/guard.py": [
+        "starlette",
+        "hiprune_server.hardening",
+        "hiprune_server.operations.metrics",
+        "hiprune_server.wishes.places",
+    ],
+    "hiprune_server/hardening/pictures.py": ["numpy", "PIL"],
+    "hiprune_server/hardening/refusals.py": ["starlette"],
+    "hiprune_server/hardening/grammars.py": ["vllm", "hiprune_server.operations.metrics"],
+    "hiprune_server/hardening/grammar_trial.py": ["torch", "vllm"],
+    "hiprune_server/hardening/releases.py": ["vllm"],
+    "hiprune_server/hardening/resending.py": [],
+    "hiprune_server/hardening/shape.py": ["vllm"],
+    "hiprune_server/pages": ["fastapi", "starlette", "hiprune_server.demo"],
+    "hiprune_server/routes": [
         "vllm",
         "fastapi",
         "starlette",
-        "hiprune_server",
-        "hiprune_vllm.plan",
+        "pydantic",
+        "PIL",
+        "hiprune_server.routes",
+        "hiprune_server.hardening",
+        "hiprune_server.wishes",
+        "hiprune_server.pages",
+        "hiprune_server.operations.metrics",
+        "hiprune_server.operations.config",
+        "hiprune_server.operations.banner",
         "hiprune_vllm",
     ],
-    "hiprune_server/guard.py": [
-        "starlette",
-        "hiprune_server.auth",
-        "hiprune_server.bodies",
-        "hiprune_server.metrics",
-        "hiprune_server.overload",
-        "hiprune_server.refusals",
-        "hiprune_server.places",
-    ],
-    "hiprune_server/auth.py": [
-        "vllm",
-        "fastapi",
-        "starlette",
-        "hiprune_server.metrics",
-        "hiprune_server.refusals",
-    ],
-    "hiprune_server/bodies.py": [
-        "starlette",
-        "hiprune_server.metrics",
-        "hiprune_server.refusals",
-    ],
-    "hiprune_server/refusals.py": ["starlette"],
-    "hiprune_server/overload.py": ["vllm", "hiprune_server.metrics"],
-    "hiprune_server/metrics.py": ["prometheus_client", "hiprune_vllm.plan"],
+    "hiprune_server/operations": ["vllm", "yaml", "hiprune_server", "hiprune_vllm.plan"],
     "hiprune_server/demo/__init__.py": [],
     "hiprune_server/demo/world.py": ["numpy", "PIL", "hiprune_server.demo.language"],
     "hiprune_server/demo/language.py": ["numpy"],
@@ -138,8 +123,6 @@ ALLOWED = {
         "safetensors",
         "hiprune_server.demo",
     ],
-    "hiprune_server/banner.py": ["hiprune_vllm", "hiprune_server.demo"],
-    "hiprune_server/__init__.py": [],
     "loadtests/bench": [  # the engine's parts by themselves
         "torch",
         "vllm",
@@ -180,7 +163,11 @@ def imports(path):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield str(node.module)
+            module = str(node.module)
+            for name in node.names:  # a module of a package, or what a module has
+                inner = f"{module}.{name.name}".replace(".", "/") + ".py"
+                found = any((base / inner).is_file() for base in (PLUGIN, SERVER, ROOT))
+                yield f"{module}.{name.name}" if found else module
 
 
 def modules():
@@ -218,7 +205,7 @@ def test_the_server_takes_nothing_of_the_plugin_but_its_plan_and_version():
         ("hiprune_vllm.reading", ("torch", "vllm", "transformers")),
         ("hiprune_vllm.pruning.select", ("vllm", "transformers")),
         ("hiprune_vllm.pruning.record", ("vllm", "transformers")),
-        ("hiprune_server.cli", ("torch", "vllm", "transformers")),
+        ("hiprune_server.operations.cli", ("torch", "vllm", "transformers")),
     ],
 )
 def test_light_modules_load_nothing_heavy(module, heavy):
@@ -227,6 +214,13 @@ def test_light_modules_load_nothing_heavy(module, heavy):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert ran.stdout.strip() == "[]"
+
+
+def test_every_module_that_hardens_vllm_says_why_and_until_when():
+    form = re.compile(r"^Symptom: .+^Cause: .+^Change: .+^Remove when: ", re.DOTALL | re.MULTILINE)
+    for path in sorted((SERVER / "hiprune_server" / "hardening").glob("*.py")):
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert path.name == "__init__.py" or form.search(told), path
 
 
 def test_modules_stay_small():

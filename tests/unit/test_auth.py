@@ -5,8 +5,8 @@ from base64 import b64encode
 
 import pytest
 
-from hiprune_server.auth import Keys
-from hiprune_server.refusals import Refusal, route_of
+from hiprune_server.hardening.auth import Keys
+from hiprune_server.hardening.refusals import Refusal, route_of
 
 KEYS = Keys(["s3cret", "schlüssel"])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hiprune_server import cli
-from hiprune_server.banner import banner, sample_picture
+from hiprune_server.operations import cli
+from hiprune_server.operations.banner import banner, sample_picture
 
 
 def test_other_flags_are_vllms_untouched():
@@ -85,7 +85,7 @@ def parsed(flags, defaults):
     """What vLLM makes of a command line with our defaults."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from hiprune_server.releases import make_arg_parser
+    from hiprune_server.hardening.releases import make_arg_parser
 
     parser = make_arg_parser(FlexibleArgumentParser())
     parser.set_defaults(**defaults)

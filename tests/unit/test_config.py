@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from hiprune_server import cli
-from hiprune_server.config import SETTINGS, ConfigError, load
+from hiprune_server.operations import cli
+from hiprune_server.operations.config import SETTINGS, ConfigError, load
 from hiprune_vllm.plan import NO_LIMITS
 
 FILE = """

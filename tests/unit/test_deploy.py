@@ -156,7 +156,7 @@ def test_the_server_has_a_gpu_shared_memory_a_cache_and_time_to_fetch_its_model(
 
 
 def test_the_drain_is_over_before_a_container_is_killed():
-    from hiprune_server.cli import DRAIN_S
+    from hiprune_server.operations.cli import DRAIN_S
 
     for name in ("server", "demo"):
         (seconds,) = re.fullmatch(r"(\d+)s", services()[name]["stop_grace_period"]).groups()
@@ -179,7 +179,7 @@ def test_vllms_safe_media_settings_are_on():
 
 
 def test_every_setting_of_the_server_and_no_other_is_passed_on():
-    from hiprune_server.config import SETTINGS
+    from hiprune_server.operations.config import SETTINGS
 
     environment = services()["server"]["environment"]
     passed = {name for name in environment if name.startswith("HIPRUNE_")}
@@ -206,7 +206,7 @@ def test_the_example_is_accepted_as_it_stands(tmp_path):
     example.write_text(lines)
     ran = run(BIN / "docker-compose", "--env-file", example, "config", "--format", "json")
     assert ran.returncode == 0, ran.stderr
-    from hiprune_server.config import load
+    from hiprune_server.operations.config import load
 
     environment = json.loads(ran.stdout)["services"]["server"]["environment"]
     load({}, environment)
@@ -334,7 +334,7 @@ def documented_form():
 
 
 def test_a_flag_with_json_reaches_the_server_in_the_documented_form(tmp_path):
-    from hiprune_server.cli import parse_own
+    from hiprune_server.operations.cli import parse_own
 
     command, _ = arguments(documented_form(), tmp_path)
     assert command[-2:] == AS_JSON
@@ -353,7 +353,7 @@ def test_a_flag_with_json_reaches_the_server_in_the_documented_form(tmp_path):
     ],
 )
 def test_another_quoting_of_json_is_a_clear_line(line, told, tmp_path, capsys):
-    from hiprune_server.cli import parse_own
+    from hiprune_server.operations.cli import parse_own
 
     command, error = arguments(line, tmp_path)
     if command:

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 from openai.types.responses.image_detail import ImageDetail
 
-from hiprune_server.details import DETAILS, settled
+from hiprune_server.wishes.details import DETAILS, settled
 from hiprune_vllm.plan import PlanError
 
 URL = "data:image/png;base64,AA=="

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hiprune_server.endpoint import describe
+from hiprune_server.routes.endpoint import describe
 from hiprune_vllm.models.qwen3_vl import Qwen3VLAdapter
 from hiprune_vllm.plan import NO_LIMITS, Encoder, PruningPlan
 

@@ -7,8 +7,8 @@ import pytest
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from hiprune_server import grammars
-from hiprune_server.grammars import MOST_WAITING, Grammars
+from hiprune_server.hardening import grammars
+from hiprune_server.hardening.grammars import MOST_WAITING, Grammars
 
 # Stands for the process that tries: says "costly" of what is longer than 1,000 bytes.
 TRIES = """

@@ -11,10 +11,10 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from hiprune_server.auth import Keys
-from hiprune_server.bodies import BodyLimits
-from hiprune_server.guard import STOPPING, Guard
-from hiprune_server.places import READ
+from hiprune_server.hardening.auth import Keys
+from hiprune_server.hardening.bodies import BodyLimits
+from hiprune_server.hardening.guard import STOPPING, Guard
+from hiprune_server.wishes.places import READ
 
 LIMIT = 200_000
 LIMITS = BodyLimits(max_bytes=LIMIT, max_held=3 * LIMIT, seconds=30, max_values=90_000)

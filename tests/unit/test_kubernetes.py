@@ -95,7 +95,7 @@ def test_the_generators_name_files_that_are_there():
 
 
 def test_the_settings_are_the_servers():
-    from hiprune_server.config import load
+    from hiprune_server.operations.config import load
 
     config = load({"config": str(FOLDER / "base/hiprune.yaml")}, {})
     assert config["presets.low"] == {"ratio": 0.111}
@@ -129,7 +129,7 @@ def test_a_replica_is_ready_when_its_model_is_loaded_and_not_before():
 
 
 def test_a_pods_services_are_not_taken_for_settings():
-    from hiprune_server.config import ConfigError, load
+    from hiprune_server.operations.config import ConfigError, load
 
     with pytest.raises(ConfigError, match="HIPRUNE_ROUTER_SERVICE_HOST"):
         load({}, {"HIPRUNE_ROUTER_SERVICE_HOST": "10.0.0.1"})
@@ -143,7 +143,7 @@ def test_the_autoscaler_alone_says_how_many_replicas_there_are():
 
 
 def test_requests_under_way_end_before_a_pod_is_killed():
-    from hiprune_server.cli import DRAIN_S
+    from hiprune_server.operations.cli import DRAIN_S
 
     pod = find("StatefulSet", "hiprune")["spec"]["template"]["spec"]
     wait = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])

@@ -14,9 +14,9 @@ from vllm import envs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 
-from hiprune_server import media
-from hiprune_server.media import GuardedConnector, from_base64
-from hiprune_server.pictures import PictureError
+from hiprune_server.hardening import media
+from hiprune_server.hardening.media import GuardedConnector, from_base64
+from hiprune_server.hardening.pictures import PictureError
 from tests import hosts
 from tests.hosts import BAD_HOSTS, BAD_URLS, png, wrapped
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from hiprune_server import metrics
+from hiprune_server.operations import metrics
 from hiprune_vllm.plan import Encoder, Limits, PlanError
 from hiprune_vllm.reading import parse_plan
 

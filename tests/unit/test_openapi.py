@@ -2,7 +2,7 @@
 
 import copy
 
-from hiprune_server.openapi import extend
+from hiprune_server.routes.openapi import extend
 from hiprune_vllm.plan import KNOBS, SIZES, Encoder, Limits
 
 

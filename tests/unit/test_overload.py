@@ -9,8 +9,8 @@ from fastapi import HTTPException
 from prometheus_client import REGISTRY
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
-from hiprune_server.explain import WAITING, Explainer
-from hiprune_server.overload import ENTRY, Entry, bound_the_queue
+from hiprune_server.hardening.overload import ENTRY, Entry, bound_the_queue
+from hiprune_server.routes.explain import WAITING, Explainer
 
 
 def overloads():

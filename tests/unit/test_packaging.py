@@ -71,9 +71,9 @@ def test_the_installed_entry_points_are_ours():
     (plugin,) = entry_points(group="vllm.general_plugins", name="hiprune")
     assert plugin.value == "hiprune_vllm:register"
     (routes,) = entry_points(group="vllm.endpoint_plugins", name="hiprune_api")
-    assert routes.value == "hiprune_server.endpoint:HiPruneEndpointPlugin"
+    assert routes.value == "hiprune_server.routes.endpoint:HiPruneEndpointPlugin"
     (command,) = entry_points(group="console_scripts", name="hiprune-serve")
-    assert command.value == "hiprune_server.cli:main"
+    assert command.value == "hiprune_server.operations.cli:main"
 
 
 def test_the_version_gate_is_the_bound_of_the_package():

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageChops, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from hiprune_server import pictures
-from hiprune_server.pictures import PictureError, read
+from hiprune_server.hardening import pictures
+from hiprune_server.hardening.pictures import PictureError, read
 from tests.photos import photo
 from tests.tiffs import tiff
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hiprune_server.places import OF_NUMBERS, PLACES, READ, fault
+from hiprune_server.wishes.places import OF_NUMBERS, PLACES, READ, fault
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PLAN = {"tokens": 64}

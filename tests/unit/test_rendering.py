@@ -14,12 +14,13 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.renderers.registry import renderer_from_config
 
-import hiprune_server.media  # noqa: F401 - registers the connector
-from hiprune_server.chat import PrunedMessages
+import hiprune_server.hardening.media  # noqa: F401 - registers the connector
 from hiprune_server.demo import CHECKPOINT
-from hiprune_server.grammars import Grammars
-from hiprune_server.rendering import PrunedRenderer, ServerTrouble
-from hiprune_server.requests import (
+from hiprune_server.hardening.grammars import Grammars
+from hiprune_server.hardening.stumbling import ServerTrouble
+from hiprune_server.routes.chat import PrunedMessages
+from hiprune_server.routes.rendering import PrunedRenderer
+from hiprune_server.routes.requests import (
     PrunedChatRequest,
     PrunedMessagesRequest,
     PrunedResponsesRequest,

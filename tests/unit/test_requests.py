@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_server.requests import (
+from hiprune_server.routes.requests import (
     PrunedChatRequest,
     PrunedCountTokensRequest,
     PrunedMessagesRequest,

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hiprune_server.resending import AGAIN, Resending
+from hiprune_server.hardening.resending import AGAIN, Resending
 
 FAILED = SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error", token_ids=[])])
 WORD = SimpleNamespace(outputs=[SimpleNamespace(finish_reason=None, token_ids=[7])])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hiprune_server.wishes import ImageWish, check_arrived, tag, take_image_wishes
+from hiprune_server.wishes.messages import ImageWish, check_arrived, tag, take_image_wishes
 from hiprune_vllm.plan import Encoder, PlanError, PruningPlan
 from hiprune_vllm.reading import parse_plan
 

@@ -1,4 +1,11 @@
-"""Sends a picture again where the engine does not have what the front end thought it has."""
+"""Sends a picture again where the engine does not have what the front end thought it has.
+
+Symptom: a picture that was sent before is "Internal server error" for whoever sends it next.
+Cause: vLLM's front end notes a picture as sent before the engine has it; a request that is refused
+    in between, or whose client goes away, leaves the note.
+Change: a request whose first output is such a failure is rendered again with all its data.
+Remove when: vLLM notes what the engine has, or asks again by itself.
+"""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Final

@@ -24,7 +24,7 @@ from typing import Any, Final
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logger import init_logger
 
-from hiprune_server.metrics import OVERLOAD, REJECTED
+from hiprune_server.operations.metrics import OVERLOAD, REJECTED
 
 logger = init_logger(f"vllm.{__name__}")  # as its own: else nobody sees it
 
@@ -38,7 +38,7 @@ START_S: Final = 120
 """Seconds that the process that tries may need for its start."""
 ANSWER_S: Final = 10
 """Seconds that an answer may need for each second of a processor that a grammar may take."""
-_PROCESS: Final = (sys.executable, "-m", "hiprune_server.grammar_trial")
+_PROCESS: Final = (sys.executable, "-m", "hiprune_server.hardening.grammar_trial")
 
 
 def form_field(request: Any) -> str:

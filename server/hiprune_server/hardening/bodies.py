@@ -1,4 +1,12 @@
-"""Reading a request's body: how large, how slow, how many at a time, of what shape."""
+"""Reading a request's body: how large, how slow, how many at a time, of what shape.
+
+Symptom: a few clients with large, slow or oddly shaped bodies take a server's memory or hold all
+    its other requests up.
+Cause: neither vLLM nor uvicorn bounds a body's size, its time, or what it takes to check.
+Change: limits of each, the operator's `limits.*_body_*` and `limits.max_held_bytes`, which are
+    checked while the body comes.
+Remove when: vLLM has such limits, also for what all bodies take together.
+"""
 
 import asyncio
 import json
@@ -9,8 +17,8 @@ from typing import Final
 
 from starlette.types import Receive, Scope
 
-from hiprune_server.metrics import BODY, HELD, SHAPE, SLOW
-from hiprune_server.refusals import Refusal
+from hiprune_server.hardening.refusals import Refusal
+from hiprune_server.operations.metrics import BODY, HELD, SHAPE, SLOW
 
 PACE: Final = 64 * 1024
 """Bytes a second that keep a body's place once its first seconds have passed."""

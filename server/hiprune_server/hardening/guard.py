@@ -1,16 +1,23 @@
-"""What stands before every route: a server that stops, its key, bodies, budgets nobody reads."""
+"""What stands before every route: a server that stops, its key, bodies, budgets nobody reads.
+
+Symptom: a request that will be refused has its whole body read first; a budget on a route that
+    does not know it is ignored; a server that is stopping takes new requests and drops them.
+Cause: vLLM's routes read the body before anything else, and its models drop unknown fields.
+Change: one middleware outside of all others, which asks in the order of what costs least.
+Remove when: vLLM's routes know `hiprune`, check keys and sizes before bodies, and drain.
+"""
 
 import re
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hiprune_server.auth import METRICS, Keys
-from hiprune_server.bodies import Bodies, BodyLimits, ClientGone, content_length, header
-from hiprune_server.metrics import OTHER, REJECTED, ROUTE
-from hiprune_server.overload import ENTRY, Entry
-from hiprune_server.places import READ, fault
-from hiprune_server.refusals import RETRY_AFTER_S, Refusal, route_of
+from hiprune_server.hardening.auth import METRICS, Keys
+from hiprune_server.hardening.bodies import Bodies, BodyLimits, ClientGone, content_length, header
+from hiprune_server.hardening.overload import ENTRY, Entry
+from hiprune_server.hardening.refusals import RETRY_AFTER_S, Refusal, route_of
+from hiprune_server.operations.metrics import OTHER, REJECTED, ROUTE
+from hiprune_server.wishes.places import READ, fault
 
 STOPPING: Final = "hiprune_stopping"
 """In the application's state: an event that is set once the server is told to stop."""

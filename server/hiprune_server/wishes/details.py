@@ -2,9 +2,10 @@
 
 from typing import Any, Final
 
-from hiprune_server.config import PRESETS
 from hiprune_vllm.plan import PlanError
 
+PRESETS: Final = ("low", "high", "original")
+"""OpenAI's words for a picture that stand for a plan of the operator's."""
 AUTO: Final = "auto"
 DETAILS: Final = (AUTO, *PRESETS)
 """All that OpenAI has. As there, a word in another case is none of them."""

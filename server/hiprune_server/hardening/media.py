@@ -1,4 +1,14 @@
-"""Which pictures are fetched at all, and what is said of those that cannot be read."""
+"""Which pictures are fetched at all, and what is said of those that cannot be read.
+
+Symptom: a client has the server fetch from the operator's own network; a damaged picture or a
+    host that is down is a 500; errors tell paths and addresses; a picture is read otherwise than
+    a person sees it.
+Cause: vLLM's connector is open unless it is closed, lets errors of its libraries through, and
+    converts modes as Pillow does by default.
+Change: a connector of our own that is closed unless it is opened, says whose fault it is, and reads
+    pictures with `pictures.read`.
+Remove when: vLLM closes its connector by default and tells a host's fault from the client's.
+"""
 
 import re
 from collections.abc import Iterator
@@ -22,8 +32,8 @@ from vllm.multimodal.media import MediaWithBytes, VideoMediaIO
 from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
-from hiprune_server.pictures import PictureError, bound_pixels, read
-from hiprune_server.releases import MediaRequestDownloadSizeExceededError
+from hiprune_server.hardening.pictures import PictureError, bound_pixels, read
+from hiprune_server.hardening.releases import MediaRequestDownloadSizeExceededError
 
 NAME: Final = "hiprune"
 """What VLLM_MEDIA_CONNECTOR names it by."""

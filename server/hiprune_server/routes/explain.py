@@ -15,11 +15,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from hiprune_server.details import DETAILS
-from hiprune_server.metrics import OVERLOAD, REJECTED
-from hiprune_server.rendering import refused
-from hiprune_server.report import report_of
-from hiprune_server.wishes import Pruning
+from hiprune_server.hardening.stumbling import refused
+from hiprune_server.operations.metrics import OVERLOAD, REJECTED
+from hiprune_server.routes.report import report_of
+from hiprune_server.wishes.details import DETAILS
+from hiprune_server.wishes.messages import Pruning
 from hiprune_vllm.plan import FIELD, PlanError
 
 WAITING: Final = 8

@@ -1,7 +1,6 @@
 """vLLM's own handlers of three APIs, with a plan and a report of what was kept."""
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
@@ -11,13 +10,14 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError
 
-from hiprune_server import metrics
-from hiprune_server.grammars import FIELDS
-from hiprune_server.rendering import PrunedRenderer, blamed_on_the_request
-from hiprune_server.report import Report, on_events, on_responses, report_of
-from hiprune_server.resending import Resending
+from hiprune_server.hardening.answers import blamed_on_the_grammar, spoken
+from hiprune_server.hardening.resending import Resending
+from hiprune_server.hardening.stumbling import blamed_on_the_request
+from hiprune_server.operations import metrics
+from hiprune_server.routes.rendering import PrunedRenderer
+from hiprune_server.routes.report import Report, on_events, on_responses, report_of
 from hiprune_vllm.plan import FIELD
 
 
@@ -46,40 +46,6 @@ def answered(outputs: Any) -> tuple[Any, Report | None]:
         return outputs, report
     metrics.count_images(report.images)
     return metrics.timed(outputs, report.images), report
-
-
-@contextmanager
-def blamed_on_the_grammar(request: Any) -> Iterator[None]:
-    """Makes a 400 of an answer that failed where the request says what form it must have.
-
-    A grammar may be one that no text of this model's vocabulary fulfils, or that cannot be
-    compiled; vLLM tells both from the engine, as "Internal server error".
-    """
-    try:
-        yield
-    except GenerationError as error:
-        for field in FIELDS:
-            if getattr(request, field, None):
-                raise VLLMValidationError(
-                    f"{field} must be a form that this model can answer in, "
-                    "got one that ended the answer with an error",
-                    parameter=field,
-                ) from error
-        raise
-
-
-def spoken(conversation: Sequence[Any]) -> list[Any]:
-    """A conversation whose last message is text alone, which vLLM needs where it is echoed.
-
-    It joins the texts of all its parts, as if there were no other kinds, and puts the list of them
-    into a stream where text belongs.
-    """
-    *before, last = conversation or [{}]
-    content = last.get("content")
-    if not isinstance(content, list):
-        return list(conversation)
-    texts = [part["text"] for part in content if isinstance(part, dict) and "text" in part]
-    return [*before, {**last, "content": "\n".join(texts)}]
 
 
 class PrunedChat(OpenAIServingChat):

@@ -1,10 +1,8 @@
 """vLLM endpoint plugin: puts the pruned handlers in place and adds the routes of our own."""
 
 import argparse
-import asyncio
 import functools
 import os
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,25 +20,27 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.tasks import POOLING_TASKS
 
-import hiprune_server.media  # noqa: F401 - registers the connector for vLLM to find
-from hiprune_server import openapi, playground
-from hiprune_server.auth import Keys, close_administration, replace_vllms
-from hiprune_server.banner import banner
-from hiprune_server.bodies import BodyLimits
-from hiprune_server.chat import PrunedChat, PrunedMessages, PrunedResponses, pruned
-from hiprune_server.config import DISABLE, Config, load
-from hiprune_server.explain import Explainer, explain
-from hiprune_server.grammars import Grammars
-from hiprune_server.guard import STOPPING, Guard
-from hiprune_server.overload import bound_the_queue
-from hiprune_server.pooling import HANDLERS, take_budgets
-from hiprune_server.rendering import PrunedRenderer
-from hiprune_server.requests import (
+import hiprune_server.hardening.media  # noqa: F401 - registers the connector for vLLM to find
+from hiprune_server.hardening.auth import Keys, close_administration, replace_vllms
+from hiprune_server.hardening.bodies import BodyLimits
+from hiprune_server.hardening.grammars import Grammars
+from hiprune_server.hardening.guard import STOPPING, Guard
+from hiprune_server.hardening.overload import bound_the_queue
+from hiprune_server.hardening.reading import stop_at_first_errors
+from hiprune_server.hardening.stopping import stop_in_good_order
+from hiprune_server.operations.banner import banner
+from hiprune_server.operations.config import DISABLE, Config, load
+from hiprune_server.pages import playground
+from hiprune_server.routes import openapi
+from hiprune_server.routes.chat import PrunedChat, PrunedMessages, PrunedResponses, pruned
+from hiprune_server.routes.explain import Explainer, explain
+from hiprune_server.routes.pooling import HANDLERS, take_budgets
+from hiprune_server.routes.rendering import PrunedRenderer
+from hiprune_server.routes.requests import (
     PrunedChatRequest,
     PrunedCountTokensRequest,
     PrunedMessagesRequest,
     PrunedResponsesRequest,
-    stop_at_first_errors,
 )
 from hiprune_vllm import __version__
 from hiprune_vllm.models.unserved import why_unserved
@@ -48,8 +48,6 @@ from hiprune_vllm.plan import FULL, NO_LIMITS, Encoder, PlanError, PruningPlan, 
 from hiprune_vllm.reading import parse_plan, schema
 
 CHAT = "/v1/chat/completions"
-LAST_CHUNKS_S = 3
-"""Seconds that finished streams have to reach their clients once the engine has stopped."""
 
 
 class NoPruning:
@@ -112,7 +110,7 @@ class HiPruneEndpointPlugin:
         async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
             async with vllm_lifespan(app) as state:
                 print(banner(app.state.args, _model_name(app.state)), flush=True)
-                stopped = _stop_in_good_order(app)
+                stopped = stop_in_good_order(app)
                 setattr(app.state, STOPPING, stopped)
                 yield state
                 died = app.state.engine_client.errored and not stopped.is_set()
@@ -170,31 +168,6 @@ def presets(config: Config, encoder: Encoder | None) -> dict[str, PruningPlan]:
             raise RuntimeError(str(error)) from error
         found[detail] = replace(plan, of_operator=True)
     return found
-
-
-def _stop_in_good_order(app: FastAPI) -> threading.Event:
-    """Lets the HTTP server go where streams are left that the stopped engine will never finish.
-
-    uvicorn waits for them without end.
-
-    Returns:
-        An event that is set once the engine is asked to stop, rather than dead.
-    """
-    state = app.state  # vLLM takes it off the app before it stops an engine that has died
-    engine, loop, asked = state.engine_client, asyncio.get_running_loop(), threading.Event()
-    stop = engine.shutdown
-
-    def shutdown(*args: Any, **kwargs: Any) -> None:  # called in a thread; returns when drained
-        asked.set()
-        try:
-            stop(*args, **kwargs)
-        finally:
-            loop.call_soon_threadsafe(
-                loop.call_later, LAST_CHUNKS_S, setattr, state.server, "force_exit", True
-            )
-
-    engine.shutdown = shutdown
-    return asked
 
 
 def _model_name(state: State) -> str:

@@ -1,4 +1,12 @@
-"""Pictures as a person sees them: encoded bytes of many formats and modes -> 8-bit RGB pixels."""
+"""Pictures as a person sees them: encoded bytes of many formats and modes -> 8-bit RGB pixels.
+
+Symptom: 16-bit scans are all white, CMYK is inverted, photographs lie on their side; few bytes take
+    seconds to decode, in which the process does nothing else.
+Cause: vLLM has Pillow convert to RGB, which clips and ignores what a file says of itself; Pillow
+    bounds pixels, but neither scans nor what decoders written in Python take.
+Change: each mode is read by its own rule, and what would be long work is refused before it begins.
+Remove when: vLLM reads every mode as it is seen, and bounds work rather than pixels.
+"""
 
 import io
 import struct

@@ -1,4 +1,11 @@
-"""What a client hears where a request is refused before its route has seen it."""
+"""What a client hears where a request is refused before its route has seen it.
+
+Symptom: clients fail to read an error, or to ask again later, where a middleware refused them.
+Cause: vLLM's envelopes for errors are made in its routes, which such a request does not get to;
+    Anthropic's clients read another one.
+Change: one exception with its status, answered in the envelope of the route that was asked for.
+Remove when: vLLM answers what middleware raises in the envelope of the route.
+"""
 
 from typing import Any, Final
 

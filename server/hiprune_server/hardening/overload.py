@@ -1,4 +1,11 @@
-"""More than the engine can do soon is refused, rather than queued without end."""
+"""More than the engine can do soon is refused, rather than queued without end.
+
+Symptom: under overload every request waits longer and longer, and all of them time out.
+Cause: vLLM bounds its queue only where the operator says by how much.
+Change: limits that follow from the model's and the engine's size, where none is given; what is
+    refused is counted, and who was let in keeps the place (see `Admission`).
+Remove when: vLLM bounds its queue by itself, and reserves what it has promised.
+"""
 
 import argparse
 import math
@@ -8,7 +15,7 @@ from typing import Any, Final
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logger import init_logger
 
-from hiprune_server.metrics import OVERLOAD, REJECTED
+from hiprune_server.operations.metrics import OVERLOAD, REJECTED
 
 logger = init_logger(f"vllm.{__name__}")  # as its own: else nobody sees it
 

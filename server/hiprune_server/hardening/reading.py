@@ -1,4 +1,14 @@
-"""Request models of the routes that read budgets: vLLM's own, with odd fields refused by name."""
+"""Request models that say what is wrong with a body, in a time in proportion to it.
+
+Symptom: a body with an odd field or a huge integer is a 500, and a small one with many wrong
+    elements holds the server up for seconds.
+Cause: vLLM's models look into a body before its types are known; what the engine is sent has no
+    room for integers of more than 64 bits; pydantic tells of every way in which each element of a
+    list of unions is wrong.
+Change: each of them is a 400 that names the field, and lists stop at their first wrong element,
+    on every route.
+Remove when: vLLM's models check types first, bound integers and fail fast.
+"""
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
@@ -6,27 +16,20 @@ from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field, PrivateAttr, ValidatorFunctionWrapHandler, model_validator
+from pydantic import BaseModel, ValidatorFunctionWrapHandler, model_validator
 from pydantic_core import SchemaValidator
-from vllm.entrypoints.anthropic.protocol import (
-    AnthropicCountTokensRequest,
-    AnthropicMessagesRequest,
-)
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_server.details import settled
-from hiprune_server.places import path_of, written
-from hiprune_server.rendering import STUMBLES, pictures_sent, refused
-from hiprune_server.wishes import tag
+from hiprune_server.hardening.stumbling import STUMBLES, refused
+from hiprune_server.wishes.details import settled
+from hiprune_server.wishes.places import path_of, written
 from hiprune_vllm.plan import PlanError
 
 INTEGERS: Final = range(-(2**63), 2**64)
 """What the way to the engine can carry."""
 
 
-class _Readable(BaseModel):
+class Readable(BaseModel):
     """Mixin: makes a 400 that names the field of what vLLM's own checks stumble over.
 
     They look into a body before its types are known; without this an odd one is a 500. Reading
@@ -128,53 +131,3 @@ def _failing_fast(schema: Any) -> Any:
         inner = {key: _failing_fast(value) for key, value in schema.items()}
         return inner | {"fail_fast": True} if schema.get("type") in ("list", "tuple") else inner
     return [_failing_fast(one) for one in schema] if isinstance(schema, list) else schema
-
-
-class _Lifting(BaseModel):
-    """Mixin for request models that would drop the `hiprune` objects of image parts."""
-
-    hiprune: Any = Field(default=None)
-    _misplaced: PlanError | None = PrivateAttr(None)
-    _pictures: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def lift(cls, body: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        misplaced, pictures = None, dict[str, str]()
-        if isinstance(body, dict):
-            try:
-                body, pictures = tag(body)
-            except PlanError as error:
-                misplaced = error
-        request = handler(body)
-        request._misplaced, request._pictures = misplaced, pictures
-        return request
-
-    def check(self) -> None:
-        """Raises vLLM's validation error where a `hiprune` object stands in the wrong place.
-
-        Notes which pictures have to arrive where the request is rendered.
-        """
-        if self._misplaced is not None:
-            raise refused(self._misplaced)
-        pictures_sent.set(self._pictures)
-
-
-@first_error_only
-class PrunedChatRequest(_Readable, ChatCompletionRequest):
-    """A request of `/v1/chat/completions`."""
-
-
-@first_error_only
-class PrunedResponsesRequest(_Readable, _Lifting, ResponsesRequest):
-    """A request of `/v1/responses`."""
-
-
-@first_error_only
-class PrunedMessagesRequest(_Readable, _Lifting, AnthropicMessagesRequest):
-    """A request of `/v1/messages`."""
-
-
-@first_error_only
-class PrunedCountTokensRequest(_Readable, _Lifting, AnthropicCountTokensRequest):
-    """A request of `/v1/messages/count_tokens`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from hiprune_server.wishes.details import PRESETS
 from hiprune_vllm.plan import MAX_FULL_TOKENS, MAX_TOKENS, SIZES, Encoder, Limits, PlanError
 from hiprune_vllm.pruning.budget import METHODS
 from hiprune_vllm.reading import parse_plan
@@ -217,13 +218,6 @@ SETTINGS: Final = (
     Setting(DISABLE, "BOOL", "whether pruning is off altogether: vLLM serves as it is",
             _switch, _true_or_false, False),
 )  # fmt: skip
-
-PRESETS: Final = tuple(
-    setting.key.removeprefix("presets.")
-    for setting in SETTINGS
-    if setting.key.startswith("presets.")
-)
-"""OpenAI's words for an image's `detail`, but `auto`: those that stand for a plan."""
 
 
 def load(flags: Mapping[str, str], environment: Mapping[str, str]) -> Config:

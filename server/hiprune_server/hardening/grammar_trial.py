@@ -1,5 +1,10 @@
 """The process in which a grammar is tried before it meets the server (see `grammars`).
 
+Symptom: what makes a grammar takes minutes or all memory, and no thread of a server can be stopped.
+Cause: vLLM makes it by libraries in C++ that know no limits.
+Change: it is made here first, under the system's limits for a process.
+Remove when: vLLM bounds what a grammar costs.
+
 Reads frames from its standard input, writes answers to its standard output; a frame is a pickle
 with its length before it. First a vLLM configuration, then `SamplingParams`, one at a time; the
 answer to each is one of `OUTCOMES`. It ends when its input does.

@@ -1,4 +1,12 @@
-"""Why pictures of a request have no place in its prompt."""
+"""Why pictures of a request have no place in its prompt.
+
+Symptom: pictures in some roles fail with an error that no client can act on, or change places.
+Cause: chat templates leave pictures out of roles that they have none for, and vLLM puts what a
+    developer says before everything else.
+Change: the refusal names the role whose pictures are left out, and an order that would change is
+    refused.
+Remove when: vLLM says which pictures a template has left out, and keeps their order.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,7 +14,7 @@ from typing import Any, Final
 
 from vllm.exceptions import VLLMValidationError
 
-from hiprune_server.wishes import is_picture
+from hiprune_server.wishes.messages import is_picture
 from hiprune_vllm.plan import PicturesLeftOut
 
 TRIED: Final = 5

@@ -1,4 +1,10 @@
-"""The shape of chat messages that vLLM's templates and loaders take for granted."""
+"""The shape of chat messages that vLLM's templates and loaders take for granted.
+
+Symptom: a message with a number for its text, or a part without its URL, is a 500.
+Cause: vLLM's models let some odd messages pass, which templates and loaders then stumble over.
+Change: the shape is checked before either sees it; what is wrong is a 400 that names its place.
+Remove when: vLLM's request models refuse all of them.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

@@ -1,4 +1,13 @@
-"""Who may ask: the API keys, and the few routes that answer without one."""
+"""Who may ask: the API keys, and the few routes that answer without one.
+
+Symptom: `/invocations` and other routes answer strangers on a server that has a key; clients of
+    Anthropic's API are refused with the right one; routes that change the engine are open.
+Cause: vLLM asks for its key below some prefixes only, and in one header; it attaches routes for
+    elastic expert parallelism unasked.
+Change: every path but a few asks for a key, in the headers that its clients send, and routes that
+    administer the engine are there only where the operator switched them on.
+Remove when: vLLM closes every path that is not named as open.
+"""
 
 import argparse
 import hashlib
@@ -13,8 +22,8 @@ from starlette.middleware import Middleware
 from starlette.types import Scope
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from hiprune_server.metrics import KEY
-from hiprune_server.refusals import ANTHROPIC, Refusal, route_of
+from hiprune_server.hardening.refusals import ANTHROPIC, Refusal, route_of
+from hiprune_server.operations.metrics import KEY
 
 OPEN: Final = ("/health", "/ping")
 """What load balancers ask, without a key; exactly these paths."""

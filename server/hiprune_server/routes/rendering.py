@@ -1,22 +1,21 @@
 """Where every route's messages become a prompt: here a request's wishes meet the processor."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
-from vllm.exceptions import VLLMError, VLLMServerError, VLLMValidationError
-from vllm.logger import init_logger
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from hiprune_server import metrics
-from hiprune_server.grammars import Grammars, form_field
-from hiprune_server.report import MEDIA, Report, media_tokens, report_of
-from hiprune_server.resending import AGAIN
-from hiprune_server.shape import check_messages, tensors_in
-from hiprune_server.templates import check_order, left_out
-from hiprune_server.wishes import (
+from hiprune_server.hardening.grammars import Grammars, form_field
+from hiprune_server.hardening.resending import AGAIN
+from hiprune_server.hardening.shape import check_messages
+from hiprune_server.hardening.stumbling import blamed_on_the_request, named, refused
+from hiprune_server.hardening.templates import check_order, left_out
+from hiprune_server.operations import metrics
+from hiprune_server.routes.report import MEDIA, Report, media_tokens, report_of
+from hiprune_server.wishes.messages import (
     ImageWish,
     Presets,
     Pruning,
@@ -26,72 +25,8 @@ from hiprune_server.wishes import (
 )
 from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, PruningPlan
 
-logger = init_logger(__name__)
-
 pictures_sent: ContextVar[Mapping[str, str] | None] = ContextVar("hiprune_pictures", default=None)
 """Marks and paths of the pictures in the request at hand, on routes that `wishes.tag` is for."""
-
-
-def refused(error: PlanError) -> VLLMValidationError:
-    """A `hiprune` object that cannot be served, as vLLM's handlers tell it; counts it."""
-    metrics.count_rejected(error)
-    refusal = VLLMValidationError(str(error), parameter=error.field)
-    refusal.__cause__ = error
-    return refusal
-
-
-STUMBLES: Final = (
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    OverflowError,
-    RecursionError,
-)
-"""What vLLM's code raises where a request has not the shape that it takes for granted."""
-
-
-@contextmanager
-def blamed_on_the_request(field: str) -> Iterator[None]:
-    """Makes a 400 of what vLLM stumbles over while it turns a request into chat messages.
-
-    It looks into them before it has checked all of their shape; nothing but the request itself
-    is at hand there. What goes wrong later has names of its own, see `named`.
-    """
-    try:
-        yield
-    except STUMBLES as error:
-        raise VLLMValidationError(
-            f"{field} must be messages as the API has them, these cannot be read", parameter=field
-        ) from error
-
-
-class ServerTrouble(VLLMServerError):
-    """Something went wrong that is not known to be the request's fault: HTTP 500."""
-
-
-@contextmanager
-def named(messages: Sequence[Any]) -> Iterator[None]:
-    """Lets refusals pass and makes all else the server's trouble, which is logged.
-
-    vLLM's handlers take some errors of Python's, such as TypeError, for the client's fault. Tensors
-    are the exception: vLLM looks at those that a client sends no further than it stumbles.
-    """
-    try:
-        yield
-    except VLLMError:
-        raise
-    except Exception as error:
-        tensors = tensors_in(messages)
-        if tensors is not None:
-            raise VLLMValidationError(
-                f"{tensors} must be such as this model takes, these cannot be read",
-                parameter=tensors,
-            ) from error
-        if isinstance(error, ValueError | NotImplementedError):  # vLLM's words for a client
-            raise
-        logger.exception("A request could not be rendered.")
-        raise ServerTrouble("Internal server error") from error
 
 
 class PrunedRenderer(OnlineRenderer):

@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -15,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from hiprune_server import demo
-from hiprune_server.config import (
+from hiprune_server.operations.config import (
     BUILT_IN,
     DISABLE,
     FILE,
     PIXELS,
-    PRESETS,
     SETTINGS,
     Config,
     ConfigError,
     load,
 )
+from hiprune_server.wishes.details import PRESETS
 from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
 
 ENDPOINT_PLUGIN = "hiprune_api"
@@ -65,7 +64,7 @@ SAFE_MEDIA = {
     "VLLM_MEDIA_FETCH_MAX_RETRIES": "1",
     "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "64",  # as much as a body may have
 }
-"""vLLM's own variables, unless they are set: see `hiprune_server.media`."""
+"""vLLM's own variables, unless they are set: see `hiprune_server.hardening.media`."""
 MAX_PIXELS = "VLLM_MAX_IMAGE_PIXELS"
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 KEY = "VLLM_API_KEY"
@@ -286,8 +285,9 @@ def serve(flags: Sequence[str], config: Config, defaults: Mapping[str, Any]) -> 
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from hiprune_server.endpoint import HiPruneEndpointPlugin
-    from hiprune_server.releases import cli_env_setup, make_arg_parser
+    from hiprune_server.hardening.releases import cli_env_setup, make_arg_parser
+    from hiprune_server.hardening.stopping import let_a_start_be_stopped
+    from hiprune_server.routes.endpoint import HiPruneEndpointPlugin
 
     if current_platform.is_cpu():
         check_libraries()
@@ -346,27 +346,3 @@ def check_libraries() -> None:
             f"hiprune-serve: error: the CPU engine needs {NUMA}: install libnuma1 (Debian, Ubuntu) "
             f"or numactl-libs (Fedora, RHEL); {error}"
         )
-
-
-def let_a_start_be_stopped() -> None:
-    """Patches vLLM.
-
-    Symptom: SIGTERM while the model is loaded stops nothing, and the server waits for its engine
-        until it is killed.
-    Cause: `zmq_socket_ctx`, around that wait, drops the KeyboardInterrupt that the signal raises.
-    Change: it becomes SystemExit, which is not dropped, with the status that SIGTERM leaves.
-    Remove when: vLLM lets the interrupt through.
-    """
-    from vllm.v1.engine import utils
-
-    original = utils.zmq_socket_ctx
-
-    @contextmanager
-    def interruptible(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with original(*args, **kwargs) as socket:
-            try:
-                yield socket
-            except KeyboardInterrupt:
-                raise SystemExit(128 + signal.SIGTERM) from None
-
-    utils.zmq_socket_ctx = interruptible

@@ -1,5 +1,10 @@
 """What vLLM's supported releases have in different places, or not at all.
 
+Symptom: the server does not start on one of the releases that are served.
+Cause: vLLM moves what is not its public interface between minor releases.
+Change: each such name is imported here from where it is, by trying, not by version number.
+Remove when: 0.32 is no longer served.
+
 Imports vLLM, which reads its environment then: to be imported once that is complete.
 """
 
