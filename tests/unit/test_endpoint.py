@@ -14,7 +14,7 @@ def described(encoder):
     models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="small")])
     pruning = SimpleNamespace(
         encoder=encoder,
-        family=Qwen3VLAdapter(),
+        about=Qwen3VLAdapter.about,
         unsupported="",
         default=PruningPlan(),
         limits=NO_LIMITS,

@@ -160,7 +160,7 @@ def test_an_explanation_takes_its_turn_before_its_picture_is_decoded():
             return {}, []
 
     async def ask():
-        explainer = One(None, None, None)
+        explainer = One(None, None)
         tasks = [asyncio.create_task(explainer.explain(None)) for _ in range(WAITING + 4)]
         await asyncio.sleep(0.01)
         refused = [task.exception() for task in tasks if task.done()]

@@ -25,6 +25,7 @@ from hiprune_server.operations.config import (
     load,
 )
 from hiprune_server.wishes.details import PRESETS
+from hiprune_vllm.facade import WORKER_EXTENSION
 from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
 
 ENDPOINT_PLUGIN = "hiprune_api"
@@ -71,7 +72,6 @@ KEY = "VLLM_API_KEY"
 """vLLM's own variable: with it every /v1 route asks for this key."""
 KEY_FILE = f"{KEY}_FILE"
 NUMA = "libnuma.so.1"
-WORKER_EXTENSION = "hiprune_vllm.engine.explain.ExplainExtension"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from hiprune_server.wishes.details import PRESETS
-from hiprune_vllm.plan import MAX_FULL_TOKENS, MAX_TOKENS, SIZES, Encoder, Limits, PlanError
-from hiprune_vllm.pruning.budget import METHODS
+from hiprune_vllm.plan import (
+    MAX_FULL_TOKENS,
+    MAX_TOKENS,
+    NO_LIMITS,
+    SIZES,
+    Encoder,
+    Limits,
+    PlanError,
+)
 from hiprune_vllm.reading import parse_plan
 
 PREFIX: Final = "HIPRUNE_"
 """Every environment variable that begins with this is a setting."""
 FILE: Final = "config"
+METHODS: Final = NO_LIMITS.methods
 BUILT_IN: Final = "built in"
 PIXELS: Final = "limits.max_image_pixels"
 DISABLE: Final = "disable"

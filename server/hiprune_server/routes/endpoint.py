@@ -43,27 +43,11 @@ from hiprune_server.routes.requests import (
     PrunedResponsesRequest,
 )
 from hiprune_vllm import __version__
-from hiprune_vllm.models.unserved import why_unserved
-from hiprune_vllm.plan import FULL, NO_LIMITS, Encoder, PlanError, PruningPlan, complete
+from hiprune_vllm.facade import Engine, Pruning
+from hiprune_vllm.plan import FULL, Encoder, PlanError, PruningPlan, complete
 from hiprune_vllm.reading import parse_plan, schema
 
 CHAT = "/v1/chat/completions"
-
-
-class NoPruning:
-    """Stands in on an engine whose model the plugin does not serve; `reason` says why."""
-
-    encoder = None
-    default = PruningPlan()
-    limits = NO_LIMITS
-
-    def __init__(self, reason: str) -> None:
-        self.unsupported = reason
-
-    def parse(
-        self, value: object, *, name: str = "hiprune", for_one_image: bool = False
-    ) -> PruningPlan:
-        raise PlanError(name, f"cannot be served: {self.unsupported}")
 
 
 class HiPruneEndpointPlugin:
@@ -119,16 +103,11 @@ class HiPruneEndpointPlugin:
         app.router.lifespan_context = lifespan
 
     async def init_state(self, engine_client: Any, state: State, args: argparse.Namespace) -> None:
-        processor = engine_client.renderer.mm_processor
-        info = getattr(processor, "info", None)
-        config = load({}, os.environ)
-        of_model = engine_client.model_config
-        # vLLM's class is another one than the checkpoint's where `--model-impl` says so.
-        names = [of_model.architecture, *(of_model.hf_config.architectures or ())]
-        reason = why_unserved(list(dict.fromkeys(names)))
+        config, off = load({}, os.environ), ""
         if config[DISABLE]:
-            reason = f"pruning is switched off ({config.values[DISABLE].source})"
-        state.hiprune = getattr(info, "pruning", None) or NoPruning(reason)
+            off = f"pruning is switched off ({config.values[DISABLE].source})"
+        engine = Engine(engine_client, switched_off=off)
+        state.hiprune = engine.pruning
         state.hiprune_presets = presets(config, state.hiprune.encoder)
         for name in HANDLERS:
             if (handler := getattr(state, name, None)) is not None:
@@ -149,7 +128,7 @@ class HiPruneEndpointPlugin:
         state.anthropic_serving_messages = pruned(
             state.anthropic_serving_messages, AnthropicServingMessages, PrunedMessages, renderer
         )
-        state.hiprune_explainer = Explainer(state.openai_serving_chat, engine_client, state.hiprune)
+        state.hiprune_explainer = Explainer(state.openai_serving_chat, engine)
 
 
 def presets(config: Config, encoder: Encoder | None) -> dict[str, PruningPlan]:
@@ -196,7 +175,7 @@ async def count_tokens(request: PrunedCountTokensRequest, raw_request: Request) 
 
 async def describe(raw_request: Request) -> dict[str, Any]:
     """What this server prunes, with which defaults and within which limits."""
-    pruning = raw_request.app.state.hiprune
+    pruning: Pruning = raw_request.app.state.hiprune
     encoder = pruning.encoder
     answer: dict[str, Any] = {
         "model": _model_name(raw_request.app.state),
@@ -210,7 +189,7 @@ async def describe(raw_request: Request) -> dict[str, Any]:
         answer["careful_ratio"] = encoder.careful_ratio
     return answer | {
         "family": encoder.family,
-        "about": pruning.family.about.to_dict(),
+        "about": pruning.about.to_dict() if pruning.about else None,
         "encoder": {"output_layer": encoder.output_layer, "has_cls": encoder.has_cls},
         "default": default.to_dict(),
         "presets": {

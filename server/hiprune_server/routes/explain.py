@@ -19,7 +19,7 @@ from hiprune_server.hardening.stumbling import refused
 from hiprune_server.operations.metrics import OVERLOAD, REJECTED
 from hiprune_server.routes.report import report_of
 from hiprune_server.wishes.details import DETAILS
-from hiprune_server.wishes.messages import Pruning
+from hiprune_vllm.facade import Engine, ExplainedPart, View, reports
 from hiprune_vllm.plan import FIELD, PlanError
 
 WAITING: Final = 8
@@ -33,9 +33,6 @@ COLOURS: Final = {
 """Of a kept token's frame, by its role; the paper's (Figure 1), white where no attention chose."""
 DIMMED: Final = 0.3
 """Brightness of what is dropped."""
-
-View = tuple[int, int, int, Any]
-"""Tile, left, top, (rows, columns, 3) uint8 pixels."""
 
 
 class PictureURL(BaseModel):
@@ -65,14 +62,12 @@ class Explainer:
 
     Args:
         handler: the pruned chat handler, whose rules for pictures and plans hold here too.
-        engine_client: vLLM's.
-        pruning: what the engine's processor says about pruning.
+        engine: that has the picture encoded.
     """
 
-    def __init__(self, handler: Any, engine_client: Any, pruning: Pruning) -> None:
+    def __init__(self, handler: Any, engine: Engine) -> None:
         self._handler = handler
-        self._pruning = pruning
-        self._engine = engine_client
+        self._engine = engine
         self._one_at_a_time = asyncio.Semaphore(1)
         self._inside = 0
 
@@ -96,7 +91,7 @@ class Explainer:
 
     async def _explain(self, request: ExplainRequest) -> tuple[dict[str, Any], list[View]]:
         try:
-            self._pruning.parse({})
+            self._engine.pruning.parse({})
         except PlanError as error:  # a model that cannot be pruned
             raise refused(error) from error
         given = request.image_url
@@ -115,14 +110,13 @@ class Explainer:
         (inputs,) = rendered[1]
         report = report_of.get()
         (image,) = (report and report.images) or []
-        processor = self._engine.renderer.mm_processor
-        explained = await processor.explain(self._engine, inputs)
+        explained = await self._engine.explain(inputs)
         roles = Counter(role for part in explained for role in part["roles"])
         counts = {role: roles[role] for role in COLOURS}
-        plan = inputs[FIELD][0]["plan"].to_dict()
+        plan = reports(inputs)[0]["plan"].to_dict()
         return (
             {**image, "plan": plan, "counts": counts, "parts": explained},
-            await asyncio.to_thread(processor.views, inputs),
+            await asyncio.to_thread(self._engine.views, inputs),
         )
 
 
@@ -147,7 +141,7 @@ def _prefers_picture(accept: str) -> bool:
     return "image/png" in kinds and "application/json" not in kinds
 
 
-def overlay(views: Sequence[View], parts: Sequence[dict[str, Any]]) -> bytes:
+def overlay(views: Sequence[View], parts: Sequence[ExplainedPart]) -> bytes:
     """A PNG of the picture: kept tokens framed in the colour of their role, all else dimmed.
 
     Args:

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from hiprune_server.hardening.stumbling import refused
-from hiprune_server.wishes.messages import Pruning
+from hiprune_vllm.facade import Pruning
 from hiprune_vllm.plan import FIELD, PlanError
 
 HANDLERS: Final = ("serving_embedding", "serving_pooling", "serving_classification")

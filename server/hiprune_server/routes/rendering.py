@@ -18,11 +18,11 @@ from hiprune_server.routes.report import MEDIA, Report, media_tokens, report_of
 from hiprune_server.wishes.messages import (
     ImageWish,
     Presets,
-    Pruning,
     Wishes,
     check_arrived,
     take_image_wishes,
 )
+from hiprune_vllm.facade import Pruning, reports
 from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, PruningPlan
 
 pictures_sent: ContextVar[Mapping[str, str] | None] = ContextVar("hiprune_pictures", default=None)
@@ -120,11 +120,11 @@ class PrunedRenderer(OnlineRenderer):
             raise
         for inputs in result[1]:
             inputs[AGAIN] = again
-        reports = [image for inputs in result[1] for image in inputs.get(FIELD, ())]
+        pictures = [image for inputs in result[1] for image in reports(inputs)]
         images = [
             {key: report[key] for key in ("tokens_full", "tokens_kept", "method")}
             | {"source": wishes.source(i)}
-            for i, report in enumerate(reports)
+            for i, report in enumerate(pictures)
         ]
         media = [media_tokens(inputs) for inputs in result[1]]
         report_of.set(

@@ -5,21 +5,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
+from hiprune_vllm.facade import Pruning
 from hiprune_vllm.plan import FIELD, PlanError, PruningPlan
-
-
-class Pruning(Protocol):
-    """What the engine's processor says about pruning (its `PruningInfo`)."""
-
-    default: PruningPlan
-
-    def parse(
-        self, value: object, *, name: str = FIELD, for_one_image: bool = False
-    ) -> PruningPlan: ...
-
 
 Presets = Mapping[str, PruningPlan]
 """`detail` of an image -> the operator's plan for it."""

@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from vllm.multimodal.processing import InputProcessingContext
 
+from hiprune_vllm.facade import Pruning
 from hiprune_vllm.models.base import FamilyAdapter, UnsupportedCheckpoint
 from hiprune_vllm.plan import (
     FIELD,
     LIMITS,
     NO_LIMITS,
     SIZES,
+    About,
     Encoder,
     Limits,
     PlanError,
@@ -40,6 +43,11 @@ class PruningInfo:
     default: PruningPlan
     limits: Limits = NO_LIMITS
     pixels: tuple[int, int] | None = None
+
+    @property
+    def about(self) -> About:
+        """What somebody who chooses a budget should know of the family."""
+        return self.family.about
 
     def within(self, pixels: tuple[int, int] | None) -> "PruningInfo":
         """The same for a checkpoint whose pictures have that many pixels.
@@ -79,6 +87,12 @@ class PruningInfo:
         plan = parse_plan(value, self.encoder, field=name, for_one_image=for_one_image)
         self.limits.check(plan, name)
         return plan
+
+
+if TYPE_CHECKING:
+
+    def _answers(info: PruningInfo) -> Pruning:  # so the checker holds one to the other
+        return info
 
 
 def without_options(ctx: InputProcessingContext, names: Collection[str]) -> InputProcessingContext:
