@@ -51,7 +51,7 @@ test-gpu: ## the checks that need a CUDA device, in the environment of PYTHON
 	$(PYTHON) -m pytest -m gpu -rs $(ARGS)
 
 fidelity: venv ## measure how close the engine is to the oracles (the README's table)
-	$(BIN)/python -m tests.fidelity
+	$(BIN)/python -m tools.fidelity
 
 eval: venv ## measure accuracy against budget through the server (build/eval/report.html)
 	$(BIN)/python -m loadtests.quality $(ARGS)
@@ -113,12 +113,12 @@ lmms-env: venv ## set up lmms-eval's own environment (LMMS_VENV; see loadtests/q
 	$(BIN)/uv pip sync --quiet --python $(LMMS_VENV)/bin/python --require-hashes requirements/lmms.lock
 
 demo-model: venv ## train the demo model again (under an hour on 2 cores; goes on if interrupted)
-	$(BIN)/python -m hiprune_server.demo.training $(ARGS)
+	$(BIN)/python -m tools.demo_training $(ARGS)
 
 # Of another release than the locked one; where its CPU extensions lack what it calls, it says so.
 VLLM_VENV = .venv-vllm-$(VLLM)
 $(VLLM_VENV)/.installed: $(STAMP) requirements/vllm.lock
-	$(BIN)/python -m tests.vllm_release.environment $(VLLM) $(VLLM_VENV)
+	$(BIN)/python -m tools.vllm_release.environment $(VLLM) $(VLLM_VENV)
 	@touch $@
 
 vllm: $(VLLM_VENV)/.installed ## set up an environment with another release of vLLM (VLLM=0.33.0) on the CPU engine
@@ -133,7 +133,7 @@ bench-vllm: vllm ## benchmarks a, b and f under that release and the locked one,
 	$(BIN)/python -m loadtests.bench.releases $(BIN)/python $(VLLM_VENV)/bin/python $(ARGS)
 
 vllm-diff: venv ## what that release changes of every hook that we rely on
-	$(BIN)/python -m tests.vllm_release.differences $(VLLM)
+	$(BIN)/python -m tools.vllm_release.differences $(VLLM)
 
 lint: venv ## ruff and the type checker
 	$(BIN)/ruff check .
@@ -164,13 +164,13 @@ check-deploy: venv ## images, Compose, Prometheus, Kubernetes: everything that c
 	$(BIN)/python -m pytest tests/unit/test_deploy.py tests/unit/test_doctor.py tests/unit/test_tls.py tests/unit/test_kubernetes.py tests/unit/test_router.py $(ARGS)
 
 docs-check: venv ## dead links, and the commands in the documents that are marked as runnable
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.docs $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tools.docs $(ARGS)
 
 gpu-check: ## everything that needs a GPU (docs/gpu-checklist.md), in the environment of PYTHON
-	$(PYTHON) -m tests.gpu_check $(ARGS)
+	$(PYTHON) -m tools.gpu_check $(ARGS)
 
 release-check: venv ## what is missing for a release
-	$(BIN)/python -m tests.release
+	$(BIN)/python -m tools.release
 
 sbom: venv ## bills of materials (CycloneDX) of the images that are made from locks: build/sbom
 	mkdir -p build/sbom
@@ -182,7 +182,7 @@ ENGINE ?= docker
 sbom-image: ## the same of a built image, system packages too: IMAGE=hiprune-gpu:0.1.0 (ENGINE=podman)
 	mkdir -p build/sbom
 	$(ENGINE) run --rm --interactive --entrypoint python3 $(IMAGE) - $(IMAGE) \
-		< tests/bom.py > build/sbom/$(subst /,-,$(subst :,-,$(IMAGE))).cdx.json
+		< tools/bom.py > build/sbom/$(subst /,-,$(subst :,-,$(IMAGE))).cdx.json
 
 wheel: venv ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

@@ -15,7 +15,7 @@ from typing import Any
 
 from loadtests import demo, machine, servers
 from loadtests.quality import cells as grid
-from loadtests.quality import report
+from loadtests.quality import examples, report
 from loadtests.quality.asking import Answer, Log, Picture, ask_cell, pictures
 from loadtests.quality.cells import Cell
 from loadtests.quality.results import Answers
@@ -85,6 +85,13 @@ async def _evaluate(given: argparse.Namespace) -> int:
         for cell in every:
             if not cell.side:
                 await _ask(url, told["model"], cell, asked, log, progress, given, headers)
+        kept, shown = None, list[Answer]()
+        if told["model"] == "hiprune-demo":
+            kept, shown = examples.chosen(sets.get("methods", []), Answers(log.answers.values()))
+        wanted = {answer.picture for answer in shown}
+        drawn = kept and examples.overlays(
+            url, headers, kept, [picture for picture in asked if picture.number in wanted]
+        )
     for cell in every:
         if cell.side and not progress.done(cell):
             _say(f"starting a server for pictures of {cell.side} x {cell.side} patches")
@@ -96,7 +103,7 @@ async def _evaluate(given: argparse.Namespace) -> int:
     report.write(
         given.out, cells=sets, answers=answers, asked=asked, facts=facts, errors=errors,
         object_layer=object_layer, output_layer=told["encoder"]["output_layer"],
-        heat_tokens=HEAT_TOKENS, with_examples=told["model"] == "hiprune-demo",
+        heat_tokens=HEAT_TOKENS, examples=shown, overlays=drawn or {},
     )  # fmt: skip
     _say(f"wrote {given.out / 'report.html'}")
     failed = shortfalls(answers, object_layer, given.seeds) if given.quick else []

@@ -3,22 +3,21 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from loadtests import page
 from loadtests.quality import plots, results
-from loadtests.quality.asking import Picture
+from loadtests.quality.asking import Answer, Picture
 from loadtests.quality.cells import ALPHAS, METHODS, Cell, alpha_cells, unique
-from loadtests.quality.examples import COLOURS, overlay
 from loadtests.quality.results import Answers
 from loadtests.quality.stats import accuracy
 
 _NAMES = {method: label for method, (_, _, label) in plots.STYLE.items()} | {"full": "all tokens"}
-_EXAMPLES = 4  # of each: right and wrong
-_OVERLAY_TOKENS = (32, 16, 64, 8, 128, 192)  # the first budget that was evaluated is shown
 
 
 def write(
@@ -32,7 +31,8 @@ def write(
     object_layer: int,
     output_layer: int,
     heat_tokens: int,
-    with_examples: bool,
+    examples: Sequence[Answer],
+    overlays: Mapping[int, Image.Image],
 ) -> dict[str, Any]:
     """Writes the three files into `folder` and returns what is in the JSON.
 
@@ -41,7 +41,8 @@ def write(
         asked: the pictures, for the examples.
         facts: name -> text for the head of the report.
         errors: how often which error came instead of an answer.
-        with_examples: whether the demo model was asked, whose kept tokens can be shown.
+        examples: answers to be shown; none where nothing was drawn.
+        overlays: number of a picture -> what was kept of it for the examples.
     """
     every = [cell for group in cells.values() for cell in group]
     methods = cells.get("methods", [])
@@ -68,8 +69,8 @@ def write(
         parts.append(_heat(answers, heat_tokens, output_layer))
     if found["ablation"]:
         parts.append(_ablation(found["ablation"]))
-    if with_examples:
-        parts.append(_examples(methods, answers, asked))
+    if examples:
+        parts.append(_examples(examples, asked, overlays))
     title = f"What a visual-token budget costs: {facts.get('model', '')}"
     (folder / "report.html").write_text(page.page(title, parts))
     return found
@@ -193,37 +194,23 @@ def _ablation(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _examples(cells: Sequence[Cell], answers: Answers, asked: Sequence[Picture]) -> str:
+def _examples(
+    examples: Sequence[Answer], asked: Sequence[Picture], overlays: Mapping[int, Image.Image]
+) -> str:
     """Right and wrong answers with the tokens that they were given on."""
-    mine = {c.budget: c for c in cells if c.method == "hiprune" and answers.has(c)}
-    tokens = next((b for b in _OVERLAY_TOKENS if b in mine), None)
-    if tokens is None:
-        return ""
-    cell = mine[tokens]
     by_picture = {picture.number: picture for picture in asked}
     shown = []
-    for right in (True, False):
-        chosen: dict[int, Any] = {}
-        for answer in answers.of(cell):
-            if answer.right == right and answer.picture not in chosen:
-                chosen[answer.picture] = answer
-        for answer in list(chosen.values())[:_EXAMPLES]:
-            text, expected, _ = by_picture[answer.picture].questions[answer.question]
-            mark = "right" if right else "wrong"
-            image = page.picture(
-                overlay(answer.picture, cell.plan), f"kept tokens of picture {answer.picture}"
-            )
-            said = escape(answer.said or "(nothing)")
-            said = f"{escape(text)} <b class='{mark}'>{said}</b>"
-            wanted = "" if right else f"<br><small>expected: {escape(expected)}</small>"
-            shown.append(f"<figure>{image}<figcaption>{said}{wanted}</figcaption></figure>")
-    legend = " ".join(
-        f"<span style='background:rgb{colour};color:#000;padding:0 .4em'>{role}</span>"
-        for role, colour in COLOURS.items()
-    )
+    for answer in examples:
+        text, expected, _ = by_picture[answer.picture].questions[answer.question]
+        mark = "right" if answer.right else "wrong"
+        image = page.picture(overlays[answer.picture], f"kept tokens of picture {answer.picture}")
+        said = escape(answer.said or "(nothing)")
+        said = f"{escape(text)} <b class='{mark}'>{said}</b>"
+        wanted = "" if answer.right else f"<br><small>expected: {escape(expected)}</small>"
+        shown.append(f"<figure>{image}<figcaption>{said}{wanted}</figcaption></figure>")
     return page.section(
-        f"Examples at {tokens} tokens",
-        f"<p>{legend} <small>dropped patches are dimmed. Which tokens are kept was computed "
-        "beside the server: Hugging Face's eager attention, the same selection.</small></p>",
+        f"Examples at {examples[0].kept} tokens",
+        "<p>Anchors are framed in yellow, buffers in red, registers in cyan; "
+        "<small>dropped patches are dimmed, as the server draws them.</small></p>",
         f"<div class='examples'>{''.join(shown)}</div>",
     )

@@ -7,7 +7,7 @@ from textwrap import dedent
 
 import pytest
 
-from tests.vllm_release.sources import OURS, Release, imports, sources
+from tools.vllm_release.sources import OURS, Release, imports, sources
 
 
 def test_the_release_has_all_that_is_imported_of_it():

@@ -10,7 +10,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from tests import bom
+from tools import bom
 
 ROOT = Path(__file__).parents[2]
 STATUS = """Package: libc6
@@ -36,7 +36,7 @@ Version: 1:2~rc1
 def test_it_names_python_and_system_packages_and_is_valid_by_cyclonedxs_schema():
     ran = subprocess.run(
         [sys.executable, "-", "registry:5000/x:1.2"],
-        input=(ROOT / "tests/bom.py").read_text(),
+        input=(ROOT / "tools/bom.py").read_text(),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(ran.stdout) is None

@@ -10,8 +10,8 @@ from PIL import Image
 
 from hiprune_server import demo
 from hiprune_server.demo import language
-from hiprune_server.demo.training import encoder, progress, text, words
 from hiprune_server.demo.world import HELD_OUT, PATCH, scene
+from tools.demo_training import encoder, progress, text, words
 
 MEGABYTE = 1_000_000
 

@@ -10,11 +10,11 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from hiprune_server import demo
-from hiprune_server.demo.training import words
 from hiprune_server.demo.world import HELD_OUT, scene
 from hiprune_vllm.pruning.budget import anchor_count
 from hiprune_vllm.pruning.select import hiprune_indices
 from loadtests.quality.__main__ import CLOSE_TO_FULL, FAR_FROM_FULL
+from tools.demo_training import words
 
 SIDE = 24
 KEEP = 64

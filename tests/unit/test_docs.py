@@ -7,7 +7,7 @@ import pytest
 
 from hiprune_vllm.engine.registration import CLASSES
 from hiprune_vllm.models.unserved import UNSERVED
-from tests import docs
+from tools import docs
 
 
 def complaints(tmp_path, text):

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import gpu_check
+from tools import gpu_check
 
 ROOT = Path(__file__).parents[2]
 
 
 def steps():
     return subprocess.run(
-        [sys.executable, "-m", "tests.gpu_check", "--list"],
+        [sys.executable, "-m", "tools.gpu_check", "--list"],
         cwd=ROOT,
         check=True,
         capture_output=True,

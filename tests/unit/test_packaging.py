@@ -33,6 +33,7 @@ def test_a_wheel_builds_with_both_packages_and_nothing_else(wheel):
         "hiprune_vllm",
         "hiprune_server",
     }
+    assert not [name for name in names if "training" in name or name.startswith("tools")]
     assert {"hiprune_vllm/py.typed", "hiprune_server/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -249,7 +249,7 @@ def test_answers_are_text_in_the_report_never_html():
     pictures = asking.pictures(1)
     cell = cells.Cell("hiprune", cells.plan(32, 3))
     answer = asking.Answer(cell.key, 0, 0, "colour", False, "<script>x</script>", 576, 32)
-    page = report._examples([cell], results.Answers([answer]), pictures)
+    page = report._examples([answer], pictures, {0: asking.scene(0).picture})
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 

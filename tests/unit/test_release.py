@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import release
+from tools import release
 
 
 def test_every_image_is_named_by_the_version_of_the_package():

@@ -5,8 +5,8 @@ from textwrap import dedent
 
 import pytest
 
-from tests.vllm_release import differences
-from tests.vllm_release.sources import Release
+from tools.vllm_release import differences
+from tools.vllm_release.sources import Release
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What a newer release calls and older extensions lack, on packages made up for it."""
 
-from tests.vllm_release.gaps import calls, misfits, missing
+from tools.vllm_release.gaps import calls, misfits, missing
 
 OLD = {
     "_custom_ops.py": """

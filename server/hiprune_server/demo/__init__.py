@@ -1,7 +1,7 @@
 """The embedded demo model: a LLaVA in small that knows coloured shapes and number cards.
 
-`world` draws its pictures and `language` asks about them; `training` made the weights in
-`checkpoint`, whose README is the model card.
+`world` draws its pictures and `language` asks about them; `tools/demo_training` of the
+repository made the weights in `checkpoint`, whose README is the model card.
 """
 
 from pathlib import Path

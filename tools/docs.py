@@ -98,7 +98,7 @@ def failures(path: Path) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.docs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.docs", description=__doc__)
     parser.add_argument("--online", action="store_true", help="web addresses, too")
     online = parser.parse_args().online
     complaints: list[str] = []

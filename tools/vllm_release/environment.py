@@ -4,7 +4,7 @@ There are CPU builds of few releases. The rest of a release is Python: that of i
 over the compiled extensions of the CPU build in requirements/cpu.lock, where they have what it
 calls (`gaps.py`).
 
-    python -m tests.vllm_release.environment VERSION ENVIRONMENT
+    python -m tools.vllm_release.environment VERSION ENVIRONMENT
 
 Ends with 1 where they have not.
 """
@@ -113,7 +113,7 @@ def main(release: str, environment: Path) -> int:
     lay_over(files, release, site)
     run(python, "-m", "compileall", "-q", "-j", "0", site / "vllm")
     return subprocess.run(
-        [python, "-m", "tests.vllm_release.gaps", installed()], cwd=ROOT, check=False
+        [python, "-m", "tools.vllm_release.gaps", installed()], cwd=ROOT, check=False
     ).returncode
 
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from hiprune_server.demo import CHECKPOINT, SAMPLES
-from hiprune_server.demo.training import checkpoint, encoder, text
-from hiprune_server.demo.training.progress import Progress
-from hiprune_server.demo.training.words import WORDS
+from tools.demo_training import checkpoint, encoder, text
+from tools.demo_training.progress import Progress
+from tools.demo_training.words import WORDS
 
 STAGES = {"encoder": 53.0, "features": 5.0, "text": 42.0}
 """Names and usual shares of the time."""
@@ -18,7 +18,7 @@ PICTURES = 250
 
 def main() -> None:
     """Runs all stages; a folder with their state makes an interrupted run go on."""
-    parser = argparse.ArgumentParser(prog="python -m hiprune_server.demo.training")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_training")
     parser.add_argument("--work", type=Path, default=Path("build/demo-model"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, metavar="DIR")
     parser.add_argument("--samples", type=Path, default=SAMPLES, metavar="DIR")

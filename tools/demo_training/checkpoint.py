@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from hiprune_server.demo.training.encoder import EXECUTED, VISION, Encoder
-from hiprune_server.demo.training.words import CHAT_TEMPLATE, tokenizer
 from hiprune_server.demo.world import HELD_OUT, PATCH, SIDE, scene
+from tools.demo_training.encoder import EXECUTED, VISION, Encoder
+from tools.demo_training.words import CHAT_TEMPLATE, tokenizer
 
 SAMPLES = (33, 7, 12, 14)
 """Held-out scenes that ship as pictures to try."""
@@ -99,7 +99,7 @@ def questions_right(folder: Path, pictures: int) -> dict[str, tuple[int, int]]:
     Returns:
         kind of question -> (right, asked).
     """
-    from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: PLC0415
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(folder)
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -85,7 +85,7 @@ def wheel() -> str:
 
 
 def documents() -> str:
-    ran = run(sys.executable, "-m", "tests.docs")
+    ran = run(sys.executable, "-m", "tools.docs")
     return ran.stderr.strip() if ran.returncode else ""
 
 

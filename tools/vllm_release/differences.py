@@ -1,7 +1,7 @@
 """What changed between two releases of vLLM where our sources rely on it, as Markdown.
 
-    python -m tests.vllm_release.differences x.y.z                   (from the installed one)
-    python -m tests.vllm_release.differences OLD_FOLDER NEW_FOLDER   (each has `vllm` in it)
+    python -m tools.vllm_release.differences x.y.z                   (from the installed one)
+    python -m tools.vllm_release.differences OLD_FOLDER NEW_FOLDER   (each has `vllm` in it)
 
 What we rely on is found in our sources: names that are imported; what is reached, set or asked for
 by such a name; and what classes of ours override or use of the vLLM classes that they stand on.
@@ -17,8 +17,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, NamedTuple
 
-from tests.vllm_release.environment import installed, python_files
-from tests.vllm_release.sources import Definition, Release, bound, imports, sources
+from tools.vllm_release.environment import installed, python_files
+from tools.vllm_release.sources import Definition, Release, bound, imports, sources
 
 SMALL = 40
 """Lines of a class that is shown as a whole, and of a diff that needs no special care."""

@@ -1,6 +1,6 @@
 """What of a release cannot run over the compiled CPU extensions of an older one.
 
-    python -m tests.vllm_release.gaps FOLDER_OF_THE_OLDER_PACKAGE_VLLM
+    python -m tools.vllm_release.gaps FOLDER_OF_THE_OLDER_PACKAGE_VLLM
 
 in an environment that `environment.py` made. Prints what is missing, and ends with 1 where that is
 an operator that the CPU backend calls.

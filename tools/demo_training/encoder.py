@@ -15,8 +15,8 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hiprune_server.demo.language import COLOURS, SHAPES
-from hiprune_server.demo.training.progress import SEED, Progress, prefetch
 from hiprune_server.demo.world import PATCH, SIDE, Scene, scene
+from tools.demo_training.progress import SEED, Progress, prefetch
 
 GRID = SIDE // PATCH
 WIDTH = 128

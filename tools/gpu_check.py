@@ -53,7 +53,7 @@ def e2e() -> str:
 
 
 def fidelity() -> str:
-    return run("fidelity", sys.executable, "-m", "tests.fidelity")
+    return run("fidelity", sys.executable, "-m", "tools.fidelity")
 
 
 def bench() -> str:
@@ -124,7 +124,7 @@ def asked(model: str, plan: dict[str, float]) -> bool:
 
 def main() -> int:
     """Runs the steps; 0 where none failed, 1 where one did, 2 without a CUDA device."""
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
     parser.add_argument("--list", action="store_true", help="the steps, and stop")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone")
     parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf")

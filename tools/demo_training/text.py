@@ -29,7 +29,8 @@ from hiprune_server.demo.language import (
     questions,
     strange,
 )
-from hiprune_server.demo.training.encoder import (
+from hiprune_server.demo.world import HELD_OUT, SIDE, scene
+from tools.demo_training.encoder import (
     GRID,
     PATCH_LABELS,
     VISION,
@@ -38,8 +39,8 @@ from hiprune_server.demo.training.encoder import (
     owner_of_patches,
     pixels_of,
 )
-from hiprune_server.demo.training.progress import SEED, Progress, prefetch
-from hiprune_server.demo.training.words import (
+from tools.demo_training.progress import SEED, Progress, prefetch
+from tools.demo_training.words import (
     END,
     IDS,
     IMAGE,
@@ -49,7 +50,6 @@ from hiprune_server.demo.training.words import (
     answered,
     asked,
 )
-from hiprune_server.demo.world import HELD_OUT, SIDE, scene
 
 PICTURES = 5000
 HELD_OUT_PICTURES = 64  # for the accuracy shown while it trains
