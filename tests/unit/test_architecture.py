@@ -69,7 +69,7 @@ ALLOWED = {
         "hiprune_vllm.plan",
         "hiprune_vllm.reading",
     ],
-    "hiprune_server/operations/banner.py": ["hiprune_vllm", "hiprune_server.demo"],
+    "hiprune_server/operations/banner.py": ["PIL", "hiprune_vllm", "hiprune_server.demo"],
     "hiprune_server/hardening": [
         "vllm",
         "fastapi",

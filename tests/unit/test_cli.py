@@ -19,6 +19,14 @@ def test_other_flags_are_vllms_untouched():
     assert rest == ["some/model", "--port", "81", "-tp", "2"]
 
 
+def test_our_flags_take_underscores_for_dashes_as_vllms_do():
+    given = ["m", "--hiprune_min_tokens=8", "--hiprune_preset", "low={}", "--print_config"]
+    own, rest, config = cli.parse_own([*given, "--max_model_len", "hiprune_x"])
+    assert own.print_config
+    assert rest == ["m", "--max_model_len", "hiprune_x"]
+    assert (config["limits.min_tokens"], config["presets.low"]) == (8, {})
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -1,5 +1,6 @@
 """The wheel, its entry points, and the lock files."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -120,3 +121,22 @@ def test_locks_of_images_have_the_releases_that_were_tested():
     for name in ("image", "build", "load", "router"):
         for package, release in pins(name).items():
             assert tested.get(package) == release, (name, package)
+
+
+def test_dependencies_are_what_is_imported():
+    """What comes with another one (pydantic_core, triton) or is the engine itself is not named."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=~!\[; ]", one)[0].lower() for one in project["dependencies"]}
+    of_extras = {"vllm", "matplotlib", "sklearn"}
+    distribution = {"PIL": "pillow", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+    found = set()
+    for folder in ("vllm_plugin", "server"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {name.name.split(".")[0] for name in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(str(node.module).split(".")[0])
+    found -= sys.stdlib_module_names | of_extras | {"pydantic_core", "triton"}
+    found -= {"hiprune_vllm", "hiprune_server"}
+    assert {distribution.get(name, name) for name in found} == wanted

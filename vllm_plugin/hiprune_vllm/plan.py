@@ -24,11 +24,17 @@ SIZES: Final = ("min_pixels", "max_pixels")
 
 
 class PlanError(ValueError):
-    """A `hiprune` object that cannot be served; `field` is the path to what is wrong in it."""
+    """A `hiprune` object that cannot be served.
 
-    def __init__(self, field: str, message: str) -> None:
+    Attributes:
+        field: path to what is wrong in it.
+        unknown: whether there is no such field.
+    """
+
+    def __init__(self, field: str, message: str, *, unknown: bool = False) -> None:
         super().__init__(f"{field} {message}")
         self.field = field
+        self.unknown = unknown
 
 
 class PicturesLeftOut(PlanError):

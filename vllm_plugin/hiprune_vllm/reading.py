@@ -43,7 +43,9 @@ def parse_plan(
     for key in value:
         if key not in known:
             raise PlanError(
-                f"{field}.{_short(str(key))}", f"is unknown; allowed are {', '.join(known)}"
+                f"{field}.{_short(str(key))}",
+                f"is unknown; allowed are {', '.join(known)}",
+                unknown=True,
             )
     knobs = {key: _READERS[key](value[key], f"{field}.{key}", encoder) for key in value}
     plan = PruningPlan(**knobs)

@@ -2,10 +2,11 @@
 
 import argparse
 import base64
-import struct
-import zlib
+import io
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from hiprune_server.demo import CHECKPOINT, SAMPLES
 from hiprune_vllm import __version__
@@ -39,24 +40,8 @@ Try it:
 
 def sample_picture(size: int = 16) -> str:
     """A small picture as a data URL: a red square on blue, drawn here to need no file."""
-    inside = range(size // 4, 3 * size // 4)
-    rows = b"".join(
-        b"\0"
-        + b"".join(
-            b"\xd0\x30\x30" if x in inside and y in inside else b"\x30\x50\xc0" for x in range(size)
-        )
-        for y in range(size)
-    )
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows, 9))
-        + chunk(b"IEND", b"")
-    )
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    picture = Image.new("RGB", (size, size), (0x30, 0x50, 0xC0))
+    picture.paste((0xD0, 0x30, 0x30), (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

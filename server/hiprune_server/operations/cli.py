@@ -160,7 +160,7 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
     )  # fmt: skip
     if lost := lost_quotes(argv):
         parser.error(lost)
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args([_with_dashes(word) for word in argv])
     unknown = [flag for flag in rest if flag.startswith("--hiprune")]
     if unknown:
         parser.error(f"unknown flag {unknown[0].split('=')[0]}")
@@ -181,6 +181,13 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Confi
         return own, rest, load(given, os.environ)
     except ConfigError as error:
         parser.error(str(error))
+
+
+def _with_dashes(word: str) -> str:
+    """A flag of ours with dashes in its name, as vLLM takes underscores for them; others stay."""
+    name, assigned, value = word.partition("=")
+    ours = name.startswith("--hiprune") or name == "--print_config"
+    return name.replace("_", "-") + assigned + value if ours else word
 
 
 def names_given(flags: Sequence[str]) -> set[str]:

@@ -74,7 +74,7 @@ def count_rejected(error: PlanError) -> None:
     """Counts a refused `hiprune` object by what was wrong in it."""
     name = error.field.rsplit(".", 1)[-1]
     known = name in (*KNOBS, DETAIL)
-    REJECTED.labels(name if known else UNKNOWN if "is unknown" in str(error) else OTHER).inc()
+    REJECTED.labels(name if known else UNKNOWN if error.unknown else OTHER).inc()
 
 
 def bucket(kept: int) -> str:
