@@ -11,13 +11,14 @@ VLLM ?= $(NEWEST)
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVING := $(VENV)/.serving
 # Locks of images: less than cpu.lock, and the same releases.
 IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --constraints requirements/cpu.lock
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
-	doctor load load-ui lmms-env demo-model vllm test-vllm bench-vllm vllm-diff contract lint lock check-deploy docs-check gpu-check \
+	doctor load load-ui lmms-env demo-model vllm test-vllm bench-vllm vllm-diff contract lint lock check-deploy docs-check reference gpu-check \
 	release-check sbom sbom-image wheel clean
 
 help: ## this list
@@ -25,17 +26,28 @@ help: ## this list
 
 venv: $(STAMP) ## set up the virtual environment (CPU engine) and nothing else
 
-# Byte code is compiled once here: otherwise every engine process compiles it again at start-up
-# wherever Python is told not to write it.
-$(STAMP): requirements/cpu.lock requirements/installer.lock pyproject.toml
+define empty-venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 15) or sys.exit("needs Python 3.11 to 3.14, found %d.%d; set PYTHON=" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/installer.lock
+endef
+
+# Byte code is compiled once here: otherwise every engine process compiles it again at start-up
+# wherever Python is told not to write it.
+$(STAMP): requirements/cpu.lock requirements/installer.lock pyproject.toml
+	$(empty-venv)
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements/cpu.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 
-serve: venv ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
+# What serving needs and nothing else: the images' lock. It is not used where all is installed.
+$(SERVING): requirements/image.lock requirements/installer.lock pyproject.toml
+	$(empty-venv)
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements/image.lock requirements/build.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(SERVING)
+
+serve: $(if $(wildcard $(STAMP)),$(STAMP),$(SERVING)) ## serve the demo model on the CPU engine (HOST, PORT, ARGS)
 	$(BIN)/hiprune-serve --demo --host $(HOST) --port $(PORT) $(ARGS)
 
 test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to pytest)
@@ -50,7 +62,7 @@ test-unit: venv ## the tests that need no engine (seconds)
 test-gpu: ## the checks that need a CUDA device, in the environment of PYTHON
 	$(PYTHON) -m pytest -m gpu -rs $(ARGS)
 
-fidelity: venv ## measure how close the engine is to the oracles (the README's table)
+fidelity: venv ## measure how close the engine is to the oracles (docs/results.md)
 	$(BIN)/python -m tools.fidelity
 
 eval: venv ## measure accuracy against budget through the server (build/eval/report.html)
@@ -165,6 +177,9 @@ check-deploy: venv ## images, Compose, Prometheus, Kubernetes: everything that c
 
 docs-check: venv ## dead links, and the commands in the documents that are marked as runnable
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tools.docs $(ARGS)
+
+reference: venv ## write the tables of docs/reference.md that come from the code
+	$(BIN)/python -m tools.reference
 
 gpu-check: ## everything that needs a GPU (docs/gpu-checklist.md), in the environment of PYTHON
 	$(PYTHON) -m tools.gpu_check $(ARGS)

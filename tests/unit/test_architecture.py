@@ -125,6 +125,8 @@ ALLOWED = {
     "hiprune_server/demo/language.py": ["numpy"],
     # The words of the Makefile that are neither served nor a test; fidelity has the tests' oracles.
     "tools": [
+        "prometheus_client",
+        "hiprune_server",
         "torch",
         "vllm",
         "packaging",

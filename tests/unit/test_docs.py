@@ -7,7 +7,7 @@ import pytest
 
 from hiprune_vllm.engine.registration import CLASSES
 from hiprune_vllm.models.unserved import UNSERVED
-from tools import docs
+from tools import docs, reference
 
 
 def complaints(tmp_path, text):
@@ -78,3 +78,22 @@ def test_the_page_of_families_says_what_the_server_says(adapter):
 def test_the_page_of_families_names_all_that_are_not_admitted():
     _, _, section = (docs.ROOT / "docs/families.md").read_text().partition("## Not admitted")
     assert set(re.findall(r"`([A-Z]\w+)`", section)) == set(UNSERVED)
+
+
+def test_the_reference_says_what_the_code_has():
+    """`make reference` writes it."""
+    page = reference.PAGE.read_text()
+    assert set(re.findall(r"<!-- generated: (\w+) -->", page)) == set(reference.TABLES)
+    assert reference.written(page) == page
+
+
+NAMED = re.findall(
+    r"`((?:hardening|routes|wishes|operations|engine|models|pruning|facade|plan)\.(?!py`)[\w.]+)`",
+    (docs.ROOT / "docs/architecture.md").read_text(),
+)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED)))
+def test_what_the_walk_names_is_there(name):
+    of_server = name.split(".")[0] in ("hardening", "routes", "wishes", "operations")
+    assert resolve_name(f"{'hiprune_server' if of_server else 'hiprune_vllm'}.{name}")
