@@ -17,7 +17,7 @@ IMAGE_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 	--no-emit-index-url --no-header --constraints requirements/cpu.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
+.PHONY: help venv serve test coverage test-long test-unit test-gpu fidelity eval eval-quick fuzz soak bench bench-gpu \
 	doctor load load-ui lmms-env demo-model vllm test-vllm bench-vllm vllm-diff contract lint lock check-deploy docs-check reference gpu-check \
 	release-check sbom sbom-image wheel clean
 
@@ -52,6 +52,15 @@ serve: $(if $(wildcard $(STAMP)),$(STAMP),$(SERVING)) ## serve the demo model on
 
 test: venv ## all tests, the real engine included (JOBS at a time; ARGS goes to pytest)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+PURE := tests/unit/test_budget.py tests/unit/test_clock.py tests/unit/test_details.py tests/unit/test_facade.py \
+	tests/unit/test_kernel.py tests/unit/test_places.py tests/unit/test_plan.py tests/unit/test_positions.py \
+	tests/unit/test_record.py tests/unit/test_scores.py tests/unit/test_select.py tests/unit/test_wishes.py
+
+coverage: venv ## lines and branches of the pure code: all of them, or it fails
+	mkdir -p build
+	$(BIN)/python -m coverage run -m pytest -q $(PURE) $(ARGS)
+	$(BIN)/python -m coverage report --fail-under 100
 
 test-long: venv ## every flag, family, sweep and the newer model runner, where `make test` has a sample (hours)
 	SWEEPS=whole $(BIN)/python -m pytest -m "long or sweep" --timeout 3600 --numprocesses $(JOBS) --dist loadfile $(ARGS)

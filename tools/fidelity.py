@@ -1,4 +1,4 @@
-"""Measures how close the engine is to the oracles and prints the table of docs/results.md: `make fidelity`.
+"""`make fidelity`: how close the engine is to the oracles, the table of docs/results.md.
 
 fp32: kept indices equal, positions equal, worst difference of a log-probability. bf16 weights and
 arithmetic: overlap of the kept sets with the fp32 oracle's, and the worst difference of a

@@ -182,6 +182,7 @@ def place_of(centre: tuple[float, float], side: int) -> str | None:
 
 
 def with_article(words: str) -> str:
+    """A noun and what stands before it, behind its article."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -239,6 +240,7 @@ def description(seen: Sequence[Seen], rng: np.random.Generator) -> Question:
 
 
 def with_number(digit: str) -> str:
+    """What a card shows, as sentences say it."""
     return f"the number {digit}"
 
 

@@ -49,7 +49,7 @@ class Keys:
         self._open = OPEN if metrics else (*OPEN, METRICS)
 
     @classmethod
-    def of(cls, args: argparse.Namespace | Any, *, metrics: bool) -> "Keys":
+    def of(cls, args: argparse.Namespace, *, metrics: bool) -> "Keys":
         """What vLLM takes for keys: those of `--api-key`, else that of its variable."""
         given = args.api_key or [os.environ.get(VARIABLE)]
         return cls([key for key in given if key], metrics=metrics)

@@ -29,7 +29,7 @@ PROMPTS: Final = 4
 """Longest prompts that may wait at least."""
 
 
-def bound_the_queue(engine_client: Any, args: argparse.Namespace | Any) -> None:
+def bound_the_queue(engine_client: Any, args: argparse.Namespace) -> None:
     """Sets vLLM's limits of what waits where the operator gave none, and counts its refusals.
 
     vLLM has none by default. Its `--max-num-queued-reqs` counts requests that wait or run, of all

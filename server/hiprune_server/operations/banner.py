@@ -4,7 +4,6 @@ import argparse
 import base64
 import io
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -12,7 +11,7 @@ from hiprune_server.demo import CHECKPOINT, SAMPLES
 from hiprune_vllm import __version__
 
 
-def banner(args: argparse.Namespace | Any, model: str) -> str:
+def banner(args: argparse.Namespace, model: str) -> str:
     """Several lines for the terminal, with a request that brings a picture and a budget."""
     host = args.host or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)

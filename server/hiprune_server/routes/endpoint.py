@@ -155,20 +155,24 @@ def _model_name(state: State) -> str:
 
 
 async def create_chat_completion(request: PrunedChatRequest, raw_request: Request) -> Any:
+    """vLLM's `/v1/chat/completions`, with a plan."""
     return await chat_api.create_chat_completion(request, raw_request)
 
 
 async def create_responses(request: PrunedResponsesRequest, raw_request: Request) -> Any:
+    """vLLM's `/v1/responses`, with a plan."""
     request.check()
     return await responses_api.create_responses(request, raw_request)
 
 
 async def create_messages(request: PrunedMessagesRequest, raw_request: Request) -> Any:
+    """vLLM's `/v1/messages`, with a plan."""
     request.check()
     return await anthropic_api.create_messages(request, raw_request)
 
 
 async def count_tokens(request: PrunedCountTokensRequest, raw_request: Request) -> Any:
+    """vLLM's `/v1/messages/count_tokens`, of what a plan would keep."""
     request.check()
     return await anthropic_api.count_tokens(request, raw_request)
 

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 
-from hiprune_vllm.plan import NO_LIMITS, Encoder
+from hiprune_vllm.plan import NO_LIMITS, Encoder, Limits
 from hiprune_vllm.reading import schema
 
 ANY_ENCODER: Final = Encoder(family="", output_layer=2**31, object_layer=1, has_cls=True)
@@ -82,7 +82,7 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def extend(document: dict[str, Any], encoder: Encoder, limits: Any = NO_LIMITS) -> None:
+def extend(document: dict[str, Any], encoder: Encoder, limits: Limits = NO_LIMITS) -> None:
     """Adds our fields to an OpenAPI document; doing it again changes nothing."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     knobs = schema(encoder, limits)
