@@ -68,13 +68,15 @@ def _wait(client: httpx.Client, log: Path, path: str) -> None:
 
 
 @contextmanager
-def router(replicas: Sequence[str], folder: Path) -> Iterator[httpx.Client]:
+def router(
+    replicas: Sequence[str], folder: Path, metrics_port: int | None = None
+) -> Iterator[httpx.Client]:
     """The router with the manifest's policy and key, before `replicas` (URLs)."""
     port = free_port()
     (policy,) = [word for word in manifest()[1]["args"] if word.startswith("--policy=")]
     command = [
         ROUTER, f"--port={port}", f"--api-key={KEY}", policy,
-        f"--prometheus-port={free_port()}", "--worker-urls", *replicas,
+        f"--prometheus-port={metrics_port or free_port()}", "--worker-urls", *replicas,
     ]  # fmt: skip
     with _running(command, f"http://127.0.0.1:{port}", folder / "router.log", READY) as client:
         yield client

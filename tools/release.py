@@ -19,6 +19,7 @@ FOLLOWERS = (
     "docker/router.Dockerfile",
     "deploy/kubernetes/base/server.yaml",
     "deploy/kubernetes/base/router.yaml",
+    "deploy/kubernetes/multi-node/group.yaml",
 )
 """Files that name images by the version of the package."""
 

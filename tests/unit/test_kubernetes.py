@@ -1,5 +1,6 @@
 """What Kubernetes would be told: schemas, and what the resources say of each other."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,11 +13,21 @@ import yaml
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 BIN = Path(sys.executable).parent
-FILES = [
+EVERY = [
     path
     for path in sorted(FOLDER.rglob("*.yaml"))
-    if path.name not in ("kustomization.yaml", "hiprune.yaml", "adapter-rule.yaml")
+    if path.name not in ("kustomization.yaml", "hiprune.yaml", "adapter-rule.yaml", "names.yaml")
 ]
+# What an overlay adds or takes instead is looked at by itself.
+ALONE = ("components", "multi-node", "keda")
+FILES = [path for path in EVERY if path.relative_to(FOLDER).parts[0] not in ALONE]
+# Of operators, whose schemas are no part of Kubernetes'.
+OF_OPERATORS = (
+    "monitoring.coreos.com",
+    "leaderworkerset.x-k8s.io",
+    "keda.sh",
+    "gateway.networking",
+)
 OLDEST, NEWEST = "1.30", "1.37"
 
 
@@ -36,10 +47,10 @@ def validate(version, *paths):
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_resources_are_valid_by_kubernetes_own_schemas(version):
-    ran = validate(version, *FILES)
+    ran = validate(version, *EVERY)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    # Kinds of the Prometheus operator are no part of these schemas.
-    known = [one for one in resources() if "monitoring.coreos.com" not in one["apiVersion"]]
+    every = [one for path in EVERY for one in yaml.safe_load_all(path.read_text())]
+    known = [one for one in every if not one["apiVersion"].startswith(OF_OPERATORS)]
     assert (ran.stdout + ran.stderr).count("passed for resource") == len(known)
 
 
@@ -126,6 +137,150 @@ def test_a_replica_is_ready_when_its_model_is_loaded_and_not_before():
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 3600
     assert container["readinessProbe"]["httpGet"] == startup["httpGet"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+COMPONENTS = sorted(path.parent.name for path in FOLDER.glob("components/*/kustomization.yaml"))
+
+
+def with_components(folder, *names):
+    """What kustomize makes of the base with these components, and Kubernetes' word on it."""
+    shutil.copytree(ROOT / "deploy", folder / "deploy")
+    overlay = {
+        "resources": ["deploy/kubernetes/base"],
+        "components": [f"deploy/kubernetes/components/{name}" for name in names],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    made = kustomized(folder)
+    (folder / "made.yaml").write_text(yaml.safe_dump_all(made))
+    ran = validate(NEWEST, folder / "made.yaml")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return made
+
+
+def of_kind(made, kind):
+    (one,) = [one for one in made if one["kind"] == kind]
+    return one
+
+
+def pod_of(made, kind="StatefulSet"):
+    return of_kind(made, kind)["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_fits_the_base(name, tmp_path):
+    assert len(with_components(tmp_path, name)) >= len(kustomized(FOLDER / "base"))
+
+
+def test_components_fit_each_other(tmp_path):
+    made = with_components(tmp_path, *COMPONENTS)
+    pod = pod_of(made)
+    assert pod["runtimeClassName"] == "nvidia"
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    assert pod_of(made, "Deployment")["imagePullSecrets"] == [{"name": "registry"}]
+    mounts = {one["name"]: one["mountPath"] for one in pod["containers"][0]["volumeMounts"]}
+    assert mounts["hub"] == f"{mounts['models']}/.cache/huggingface"
+    claims = {one["metadata"]["name"]: one for one in made if "Claim" in one["kind"]}
+    (volume,) = [one for one in pod["volumes"] if one["name"] == "hub"]
+    claim = claims[volume["persistentVolumeClaim"]["claimName"]]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_on_openshift_no_user_is_asked_for_and_names_are_served_elsewhere(tmp_path):
+    made = with_components(tmp_path, "openshift")
+    for kind in ("StatefulSet", "Deployment"):
+        assert set(pod_of(made, kind)["securityContext"]) == {"runAsNonRoot", "seccompProfile"}
+    (policy,) = [
+        one
+        for one in made
+        if one["kind"] == "NetworkPolicy" and one["metadata"]["name"] == "hiprune"
+    ]
+    ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert 5353 in ports
+
+
+def test_from_outside_only_the_routers_api_is_reached(tmp_path):
+    made = with_components(tmp_path, "ingress", "gateway")
+    (rule,) = of_kind(made, "Ingress")["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert (path["path"], path["backend"]["service"]["name"]) == ("/v1", "hiprune-router")
+    assert of_kind(made, "Ingress")["spec"]["tls"][0]["hosts"] == [rule["host"]]
+    (rule,) = of_kind(made, "HTTPRoute")["spec"]["rules"]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+    assert rule["backendRefs"] == [{"name": "hiprune-router", "port": 80}]
+    (listener,) = of_kind(made, "Gateway")["spec"]["listeners"]
+    assert listener["tls"]["mode"] == "Terminate"
+
+
+def test_a_group_of_hosts_takes_the_place_of_the_replicas(tmp_path):
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    image = {"name": "hiprune-gpu", "newName": "registry.example.org/hiprune-gpu"}
+    overlay = {"resources": ["deploy/kubernetes/multi-node"], "images": [image]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    made = kustomized(tmp_path)
+    assert "StatefulSet" not in [one["kind"] for one in made]
+    group = of_kind(made, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    leader, worker = (group[f"{role}Template"]["spec"] for role in ("leader", "worker"))
+    flags = [pod["containers"][0]["args"] for pod in (leader, worker)]
+    assert flags[1] == [*flags[0][:8], "--headless", *flags[0][8:]]
+    given = dict(flag.removeprefix("--").split("=") for flag in flags[0][1:])
+    gpus = group["size"] * int(leader["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    assert gpus == int(given["tensor-parallel-size"]) * int(given["pipeline-parallel-size"])
+    # Clients and Prometheus find the leader alone.
+    (service,) = [
+        one for one in made if one["kind"] == "Service" and one["metadata"]["name"] == "hiprune"
+    ]
+    labels = [group[f"{role}Template"]["metadata"]["labels"] for role in ("leader", "worker")]
+    chosen = [service["spec"]["selector"].items() <= one.items() for one in labels]
+    assert chosen == [True, False]
+    settings = {one["metadata"]["name"] for one in made if one["kind"] == "ConfigMap"}
+    for pod in (leader, worker):
+        (volume,) = [one for one in pod["volumes"] if one["name"] == "settings"]
+        assert volume["configMap"]["name"] in settings
+        assert pod["containers"][0]["image"].startswith("registry.example.org/")
+        assert pod["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_both_autoscalers_count_requests_that_run_and_wait():
+    rule = yaml.safe_load((FOLDER / "autoscaling/adapter-rule.yaml").read_text())
+    (custom,) = rule["rules"]["custom"]
+    hpa = find("HorizontalPodAutoscaler", "hiprune")["spec"]
+    (metric,) = hpa["metrics"]
+    assert metric["pods"]["metric"]["name"] == custom["name"]["as"]
+    keda = yaml.safe_load((FOLDER / "keda/scaler.yaml").read_text())["spec"]
+    (trigger,) = keda["triggers"]
+    for query in (custom["metricsQuery"], trigger["metadata"]["query"]):
+        assert "vllm:num_requests_running{" in query
+        assert "vllm:num_requests_waiting{" in query
+    assert trigger["metadata"]["threshold"] == metric["pods"]["target"]["averageValue"]
+    assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == hpa["behavior"]
+    assert keda["scaleTargetRef"] == hpa["scaleTargetRef"]
+    assert hpa["minReplicas"] == keda["minReplicaCount"] == 1
+
+
+STACK = ROOT / "deploy" / "production-stack" / "values.yaml"
+
+
+def test_the_production_stacks_values_are_of_this_version_and_read_by_the_plugin():
+    from hiprune_vllm import __version__
+    from hiprune_vllm.plan import Encoder, Limits
+    from hiprune_vllm.reading import parse_plan
+
+    values = yaml.safe_load(STACK.read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    assert (model["repository"].rpartition("/")[2], model["tag"]) == ("hiprune-gpu", __version__)
+    assert model["vllmConfig"]["enablePrefixCaching"] is True
+    flags = model["vllmConfig"]["extraArgs"]
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    wide = json.loads(given["--mm-processor-kwargs"])
+    encoder = Encoder("llava", 24, 23, has_cls=True)
+    assert parse_plan(wide.pop("hiprune"), encoder).ratio == 1.0
+    assert Limits(**wide.pop("hiprune_limits")).min_tokens == 16
+    assert not wide
+    named = {one["name"]: one["value"] for one in model["env"]}
+    assert named["VLLM_PLUGINS"].split(",") == ["hiprune", "hiprune_api"]
+    # The header that the gate and clients name a session with.
+    session = values["routerSpec"]["sessionKey"]
+    assert session in (FOLDER / "base/gate.js").read_text().lower()
 
 
 def test_a_pods_services_are_not_taken_for_settings():
