@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 def register() -> None:
     """Entry point of `vllm.general_plugins`; vLLM calls it once in every process.
 
-    Does nothing where pruning is switched off (`HIPRUNE_DISABLE=1`): vLLM serves as it is.
+    Where pruning is switched off (`HIPRUNE_DISABLE=1`) vLLM serves as it is, but that a request
+    with a budget is refused.
     """
     from hiprune_vllm import tuning
+    from hiprune_vllm.engine.registration import register_models, register_routes
 
-    if tuning.on(tuning.DISABLE):
-        return
-    from hiprune_vllm.engine.registration import register_models
-
-    register_models()
+    register_routes()
+    if not tuning.on(tuning.DISABLE):
+        register_models()

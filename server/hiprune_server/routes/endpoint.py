@@ -2,10 +2,11 @@
 
 import argparse
 import functools
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import vllm
@@ -27,6 +28,7 @@ from hiprune_server.hardening.grammars import Grammars
 from hiprune_server.hardening.guard import STOPPING, Guard
 from hiprune_server.hardening.overload import bound_the_queue
 from hiprune_server.hardening.reading import stop_at_first_errors
+from hiprune_server.hardening.refusing import RefusingPlugin
 from hiprune_server.hardening.stopping import stop_in_good_order
 from hiprune_server.operations.banner import banner
 from hiprune_server.operations.config import DISABLE, Config, load
@@ -43,8 +45,17 @@ from hiprune_server.routes.requests import (
     PrunedResponsesRequest,
 )
 from hiprune_vllm import __version__
-from hiprune_vllm.facade import Engine, Pruning
-from hiprune_vllm.plan import FULL, Encoder, PlanError, PruningPlan, complete
+from hiprune_vllm.facade import WORKER_EXTENSION, Engine, Pruning
+from hiprune_vllm.plan import (
+    FIELD,
+    FULL,
+    LIMITS,
+    NO_LIMITS,
+    Encoder,
+    PlanError,
+    PruningPlan,
+    complete,
+)
 from hiprune_vllm.reading import parse_plan, schema
 
 CHAT = "/v1/chat/completions"
@@ -58,8 +69,14 @@ class HiPruneEndpointPlugin:
     engine_died = False
     """Whether the last server of this process stopped because its engine was gone."""
 
+    @staticmethod
+    def refusing(reason: str) -> RefusingPlugin:
+        """What stands in for this plugin where it may not be loaded."""
+        return RefusingPlugin(reason)
+
     def attach_router(self, app: FastAPI) -> None:
         config = load({}, os.environ)
+        check_engine_wide(config, app.state.args)
         json_only = [Depends(validate_json_request)]
         app.add_api_route("/v1/hiprune", describe, methods=["GET"])
         if any(getattr(route, "path", None) == CHAT for route in app.routes):
@@ -70,7 +87,9 @@ class HiPruneEndpointPlugin:
                 ("/v1/messages/count_tokens", count_tokens),
             ):
                 app.add_api_route(path, endpoint, methods=["POST"], dependencies=json_only)
-            if config["explain"]:
+            # Plain `vllm serve` has no such extension, and nobody who could explain.
+            extended = app.state.args.worker_extension_cls == WORKER_EXTENSION
+            if config["explain"] and (extended or config[DISABLE]):
                 app.add_api_route(
                     "/v1/hiprune/explain", explain, methods=["POST"], dependencies=json_only
                 )
@@ -129,6 +148,30 @@ class HiPruneEndpointPlugin:
             state.anthropic_serving_messages, AnthropicServingMessages, PrunedMessages, renderer
         )
         state.hiprune_explainer = Explainer(state.openai_serving_chat, engine)
+
+
+def check_engine_wide(config: Config, args: argparse.Namespace) -> None:
+    """Refuses settings that are the engine's where `vllm serve` has not handed them on.
+
+    Raises:
+        RuntimeError: naming the flag that does.
+    """
+    given = args.mm_processor_kwargs or {}
+    wanted: dict[str, Any] = {}
+    if config["default"]:
+        wanted[FIELD] = config["default"]
+    if config.limits != NO_LIMITS:
+        wanted[LIMITS] = {
+            name: value
+            for name, value in asdict(config.limits).items()
+            if value != getattr(NO_LIMITS, name)
+        }
+    missing = {key: value for key, value in wanted.items() if key not in given}
+    if missing and not config[DISABLE]:
+        raise RuntimeError(
+            f"HIPRUNE_DEFAULT and HIPRUNE_LIMITS_... are read by hiprune-serve; `vllm serve` takes "
+            f"the same as --mm-processor-kwargs '{json.dumps(missing)}'"
+        )
 
 
 def presets(config: Config, encoder: Encoder | None) -> dict[str, PruningPlan]:

@@ -77,6 +77,21 @@ def fault(route: str, body: bytes) -> PlanError | None:
     return None
 
 
+def unread(route: str, parsed: Any) -> str:
+    """The first place of a budget in a body that vLLM alone does not read; empty without one.
+
+    It reads what stands in `mm_processor_kwargs`, on routes that have it.
+    """
+    if not isinstance(parsed, dict | list):
+        return ""
+    read = {_OF_PROCESSOR} & PLACES.get(route, frozenset())
+    for chain, text, is_key in _keys_and_texts(parsed):
+        path = path_of(chain) if is_key and _means_a_budget(text) else ()
+        if path and path not in read:
+            return written(path)
+    return ""
+
+
 def written(path: Path) -> str:
     """A path as errors name it: `messages[0].content[1].hiprune`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)

@@ -53,3 +53,13 @@ def register_models() -> None:
         from hiprune_vllm.engine.compat import charge_whole_images
 
         charge_whole_images(CLASSES)
+
+
+def register_routes() -> None:
+    """Has vLLM's own server load our HTTP routes, on releases that were tested."""
+    import vllm
+
+    if is_served(vllm.__version__):
+        from hiprune_vllm.engine.plain import load_our_routes
+
+        load_our_routes()
