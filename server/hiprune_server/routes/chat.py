@@ -15,9 +15,10 @@ from vllm.exceptions import GracefulHTTPError
 from hiprune_server.hardening.answers import blamed_on_the_grammar, spoken
 from hiprune_server.hardening.resending import Resending
 from hiprune_server.hardening.stumbling import blamed_on_the_request
+from hiprune_server.hardening.tracing import Traced, put_budgets_on_spans
 from hiprune_server.operations import metrics
 from hiprune_server.routes.rendering import PrunedRenderer
-from hiprune_server.routes.report import Report, on_events, on_responses, report_of
+from hiprune_server.routes.report import Images, Report, on_events, on_responses, report_of
 from hiprune_vllm.plan import FIELD
 
 
@@ -31,7 +32,16 @@ def pruned(handler: Any, plain: Any, cls: Any, renderer: PrunedRenderer) -> Any:
     copied.__dict__.update(handler.__dict__)
     copied.online_renderer = renderer
     copied.engine_client = Resending(handler.engine_client)
+    if handler.engine_client.vllm_config.observability_config.otlp_traces_endpoint:
+        put_budgets_on_spans()
+        copied.engine_client = Traced(copied.engine_client, _reported)
     return copied
+
+
+def _reported() -> Images | None:
+    """The pictures of the request at hand, as its answer reports them."""
+    report = report_of.get()
+    return None if report is None else report.images
 
 
 def answered(outputs: Any) -> tuple[Any, Report | None]:
