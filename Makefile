@@ -208,8 +208,9 @@ sbom-image: ## the same of a built image, system packages too: IMAGE=hiprune-gpu
 	$(ENGINE) run --rm --interactive --entrypoint python3 $(IMAGE) - $(IMAGE) \
 		< tools/bom.py > build/sbom/$(subst /,-,$(subst :,-,$(IMAGE))).cdx.json
 
-wheel: venv ## build dist/*.whl
-	$(BIN)/python -m hatchling build --target wheel
+wheel: venv ## build dist/*.whl and the source distribution, and check what a registry will show
+	$(BIN)/python -m hatchling build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove what make made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ RUN python3 -m venv /opt/build \
     && python3 -m venv --without-pip /opt/hiprune \
     && /opt/build/bin/uv pip install --system-certs --no-cache --python /opt/hiprune/bin/python --no-deps \
         --require-hashes --compile-bytecode -r requirements/image.lock
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml hatch_build.py ./
 COPY vllm_plugin vllm_plugin
 COPY server server
 RUN /opt/build/bin/python -m hatchling build --target wheel \

@@ -9,7 +9,7 @@ WORKDIR /src
 COPY requirements/build.lock requirements/
 RUN python3 -m venv /opt/build \
     && /opt/build/bin/python -m pip install --no-cache-dir --require-hashes -r requirements/build.lock
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml hatch_build.py ./
 COPY vllm_plugin vllm_plugin
 COPY server server
 RUN /opt/build/bin/python -m hatchling build --target wheel

@@ -468,7 +468,7 @@ WORKFLOWS = ROOT / ".github" / "workflows"
 WORKFLOW = WORKFLOWS / "ci.yml"
 
 
-@pytest.mark.parametrize("name", ["ci.yml", "vllm.yml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in WORKFLOWS.glob("*.yml")))
 def test_workflows_are_valid_and_safe_and_their_actions_pinned(name):
     path = WORKFLOWS / name
     passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", path)
@@ -507,6 +507,62 @@ def test_once_a_week_a_newer_vllm_is_looked_for_and_tried(tmp_path):
         )  # fmt: skip
         assert (ran.returncode == 0) is (told is not None)
         assert out.read_text() == (told or "")
+
+
+def shell_steps(path):
+    for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+        for step in job["steps"]:
+            if "run" in step:
+                yield pytest.param(step["run"], id=f"{path.stem}: {name}: {step['name']}")
+
+
+@pytest.mark.parametrize(
+    "script", [one for path in WORKFLOWS.glob("*.yml") for one in shell_steps(path)]
+)
+def test_the_shell_of_a_workflow_can_be_read(script):
+    ran = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_what_asks_the_demo_in_ci_tells_a_kept_budget_from_another():
+    """`.github/ask.sh` before a server that says what it is told to."""
+
+    class Demo(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["hiprune"] == {"tokens": 64}
+            right = self.headers["Authorization"] == "Bearer right"
+            images = [{"tokens_full": 576, "tokens_kept": self.server.kept}]
+            body = json.dumps({"hiprune": {"images": images}}, separators=(",", ":")).encode()
+            self.send_response(200 if right else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Demo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for kept, key, good in ((64, "right", True), (576, "right", False), (64, "no", False)):
+            server.kept = kept
+            ran = run(".github/ask.sh", url, key)
+            assert (ran.returncode == 0) is good, ran.stderr
+        server.shutdown()
+
+
+def test_a_release_is_published_without_a_password_and_signed():
+    jobs = yaml.safe_load((WORKFLOWS / "release.yml").read_text())["jobs"]
+    publish = jobs["publish"]
+    assert publish["permissions"] == {"id-token": "write"}
+    assert not any("password" in step.get("with", {}) for step in publish["steps"])
+    script = jobs["images"]["steps"][-1]["run"]
+    for words in ("--provenance mode=max", "--sbom true", 'cosign sign --yes "$image@$digest"'):
+        assert words in script
+    assert set(jobs["images"]["strategy"]["matrix"]["name"]) == {
+        path.name.removesuffix(".Dockerfile") for path in DOCKERFILES
+    }
 
 
 def test_the_workflow_runs_what_a_desk_runs_on_three_pythons():

@@ -211,6 +211,20 @@ def test_from_outside_only_the_routers_api_is_reached(tmp_path):
     assert listener["tls"]["mode"] == "Terminate"
 
 
+def test_what_ci_starts_is_the_base_without_a_gpu(tmp_path):
+    made = kustomized(FOLDER / "ci")
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump_all(made))
+    ran = validate(NEWEST, tmp_path / "made.yaml")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    pod = pod_of(made)
+    assert "nodeSelector" not in pod
+    (server,) = pod["containers"]
+    assert (server["image"], server["args"][0]) == ("hiprune-cpu:ci", "--demo")
+    assert "nvidia.com/gpu" not in server["resources"]["limits"]
+    (shm,) = [one for one in pod["volumes"] if one["name"] == "shm"]
+    assert shm["emptyDir"]["sizeLimit"] == "1Gi"
+
+
 def test_a_group_of_hosts_takes_the_place_of_the_replicas(tmp_path):
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     image = {"name": "hiprune-gpu", "newName": "registry.example.org/hiprune-gpu"}

