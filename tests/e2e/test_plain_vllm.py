@@ -136,7 +136,7 @@ def test_a_setting_that_does_not_reach_the_engine_stops_the_start(
 ):
     command, environment = vllm_serve(tmp_path, clip_checkpoint)
     with (
-        pytest.raises(RuntimeError, match="exited") as error,
+        pytest.raises(RuntimeError, match="exit code 1") as error,
         running(command, tmp_path, environment=environment | {name: value}),
     ):
         pass
