@@ -53,6 +53,7 @@ NAMES = {
     "idefics3": "Idefics3",
     "smolvlm": "SmolVLM",
     "kimi_vl": "Kimi-VL",
+    "kimi_k25": "Kimi K2.5",
     "glm4v": "GLM-4.1V",
     "glm46v": "GLM-4.6V",
     "glm4v_moe": "GLM-4.5V, experts",
@@ -114,7 +115,7 @@ def run(path: str, name: str, exact: bool) -> list[tuple[Any, dict[str, Any]]]:
             seen.clear()
             item = {
                 "prompt": prompt(family),
-                "multi_modal_data": {"image": picture(image)},
+                "multi_modal_data": {family.modality: family.item(picture(image))},
                 "mm_processor_kwargs": {"hiprune": plan},
             }
             with spy_on_selection() as kept:

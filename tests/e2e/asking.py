@@ -43,7 +43,9 @@ def ask(family: Family, names: Any, plan: Any, **text: str) -> dict[str, Any]:
     kwargs = {} if plan is None else {"mm_processor_kwargs": {"hiprune": plan}}
     return {
         "prompt": prompt(family, len(names), **text),
-        "multi_modal_data": {"image": [family.picture(name) for name in names]},
+        "multi_modal_data": {
+            family.modality: [family.item(family.picture(name)) for name in names]
+        },
         **kwargs,
     }
 
@@ -188,7 +190,7 @@ def run(name: str, path: str, budgets: list[int]) -> dict[str, Any]:
         forget(llm)
         generate(llm, [asked], 1)
         kept = remembered(llm)
-        told = (asked["prompt"], asked["multi_modal_data"]["image"][0], plan)
+        told = (asked["prompt"], asked["multi_modal_data"][family.modality][0], plan)
         after_it, _ = explained(llm, *told)
         forget(llm)
         before_it, _ = explained(llm, *told)

@@ -19,6 +19,7 @@ from tests.reference import (
     glm,
     idefics3,
     internvl,
+    kimi_k25,
     kimi_vl,
     llava_onevision,
     pixtral,
@@ -59,6 +60,7 @@ class Family:
         prepared: around the start of its engine, in the engine's process.
         within: of log-probabilities, how far they may be from the oracle's; None where nothing is
             compared but most tokens of the greedy answer.
+        modality: what vLLM calls its pictures.
         exact: whether greedy tokens are the oracle's; else they are as close to them as `within`.
     """
 
@@ -73,7 +75,14 @@ class Family:
     environment: Mapping[str, str] = field(default_factory=dict)
     prepared: Callable[[], AbstractContextManager[Any]] = nullcontext
     within: float | None = 1e-3
+    modality: str = "image"
     exact: bool = True
+
+    def item(self, picture: Image.Image) -> Any:
+        """A picture as vLLM takes it."""
+        if self.modality == "vision_chunk":
+            return {"type": "image", "image": picture, "uuid": None}
+        return picture
 
     def picture(self, name: str) -> Image.Image:
         source, size = self.pictures[name]
@@ -268,6 +277,19 @@ FAMILIES: Final = {
         },
         environment=kimi_vl.ENVIRONMENT,
         prepared=turned_in_pytorch,
+    ),
+    "kimi_k25": Family(
+        kimi_k25.build,
+        lambda path: Oracle(kimi_k25.KimiK25Oracle(path)),
+        kimi_k25.PICTURE,
+        {name: of for name, of in SHAPES.items() if name != "strip"}
+        # Of another shape, rounding up would make more tokens than vLLM has room for.
+        | {"huge": ("hubble", (3000, 3000)), "narrow": ("coffee", (7100, 27))},
+        pad=kimi_vl.PAD,
+        options={"worker_extension_cls": "tests.reference.rotary_worker.Extension"},
+        environment=kimi_vl.ENVIRONMENT,
+        prepared=kimi_k25.prepared,
+        modality="vision_chunk",
     ),
     "idefics3": _idefics("Idefics3"),
     "smolvlm": _idefics("SmolVLM"),

@@ -6,7 +6,8 @@ projector of Kimi K2.5 do what Kimi-VL's do, with other names and another order 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,13 @@ ENVIRONMENT: Final = {"VLLM_MLA_DISABLE": "1"}
 """Of its engines here: latent attention on a CPU would switch off chunks and cached prefixes."""
 OF_SUCCESSOR: Final = "as_kimi_k25"
 """Folder of the same weights with the names that Hugging Face's library has for them."""
+VISION: Final = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "patch_size": 14,
+}
 _TEXT: Final = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -70,14 +78,12 @@ NAMES: Final = {
     ".attn.proj.": ".wo.",
     ".mlp.fc1.": ".mlp.fc0.",
     ".mlp.fc2.": ".mlp.fc1.",
-    "in_proj": "linear_1",
-    "out_proj": "linear_2",
 }
-"""Parts of names of weights: Hugging Face's library -> published checkpoints."""
+"""Parts of names of the encoder's weights: Hugging Face's library -> published checkpoints."""
 
 
-def _published(name: str) -> str:
-    for one, other in NAMES.items():
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for one, other in names.items():
         if one in name:
             name = name.replace(one, other)
     return name
@@ -93,12 +99,37 @@ def _of_tower(weights: dict[str, torch.Tensor], heads: int) -> dict[str, torch.T
         if ".attn.q_proj." in name:
             key, value = (weights[name.replace("q_proj", one)] for one in ("k_proj", "v_proj"))
             own = torch.cat([_in_pairs(weight, heads), _in_pairs(key, heads), value])
-        found[f"vision_tower.{_published(name)}"] = own
+        found[f"vision_tower.{_renamed(name, NAMES)}"] = own
     return found
+
+
+@dataclass(frozen=True)
+class Published:
+    """What published checkpoints of one of both models have of their own.
+
+    Attributes:
+        projector: what their projector is called.
+        names: parts of names of weights in it: Hugging Face's library -> theirs.
+        special_tokens: of the tokenizer.
+        picture: what stands for a picture in a prompt.
+        finish: writes configurations and the processor, with Hugging Face's configuration of the
+            model, before the tokenizer is written.
+    """
+
+    projector: str
+    names: Mapping[str, str]
+    special_tokens: Sequence[str]
+    picture: str
+    finish: Callable[[Path, Any], None]
 
 
 def build(folder: Path, *, seed: int = 6) -> None:
     """A model whose vision encoder has 8 blocks, and whose text model has experts."""
+    write(folder, KIMI_VL, seed)
+
+
+def write(folder: Path, published: Published, seed: int) -> None:
+    """Writes a small checkpoint as `published` has it, and its weights for the oracle."""
     from transformers import (
         DeepseekV3Config,
         DeepseekV3ForCausalLM,
@@ -107,20 +138,13 @@ def build(folder: Path, *, seed: int = 6) -> None:
     )
 
     tokenizer = random_llava.byte_tokenizer(
-        SPECIAL_TOKENS, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]"
+        published.special_tokens, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]"
     )
     text = DeepseekV3Config(**checkpoints.small_text(tokenizer) | _TEXT)
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 8,
-        "patch_size": 14,
-    }
     pad = tokenizer.convert_tokens_to_ids(PAD)
     config = Kimi_K25Config(
         text_config=text,
-        vision_config={**vision, "pos_emb_height": 12, "pos_emb_width": 12},
+        vision_config={**VISION, "pos_emb_height": 12, "pos_emb_width": 12},
         projection_hidden_size=64,
         image_token_id=pad,
         tie_word_embeddings=False,
@@ -138,9 +162,9 @@ def build(folder: Path, *, seed: int = 6) -> None:
     alone.model.load_state_dict(model.model.language_model.state_dict())
     alone.lm_head.load_state_dict(model.lm_head.state_dict())
     alone.save_pretrained(folder / "text")
-    weights = _of_tower(model.model.vision_tower.state_dict(), vision["num_attention_heads"])
+    weights = _of_tower(model.model.vision_tower.state_dict(), VISION["num_attention_heads"])
     for name, weight in model.model.mm_projector.state_dict().items():
-        weights[f"multi_modal_projector.{_published(name)}"] = weight
+        weights[f"{published.projector}.{_renamed(name, published.names)}"] = weight
     for name, weight in load_file(folder / "text" / "model.safetensors").items():
         weights[f"language_model.{name}"] = weight
     save_file(
@@ -149,25 +173,34 @@ def build(folder: Path, *, seed: int = 6) -> None:
         metadata={"format": "pt"},
     )
     shutil.rmtree(folder / "text")
+    published.finish(folder, config)
+    tokenizer.chat_template = random_llava.CHAT_TEMPLATE.replace("<s>", "").replace(
+        "<image>", published.picture
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _finish(folder: Path, config: Any) -> None:
+    vision = config.vision_config
     told = {
         "architectures": ["KimiVLForConditionalGeneration"],
         "model_type": "kimi_vl",
         "dtype": "float32",
-        "media_placeholder_token_id": pad,
+        "media_placeholder_token_id": config.image_token_id,
         "vision_config": {
-            **vision,
+            **{name: getattr(vision, name) for name in VISION},
             "model_type": "moonvit",
             "init_pos_emb_height": 12,
             "init_pos_emb_width": 12,
             "merge_kernel_size": [2, 2],
         },
-        "text_config": {**text.to_dict(), "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        "text_config": {
+            **config.text_config.to_dict(),
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
     }
     (folder / "config.json").write_text(json.dumps(told, indent=1))
-    tokenizer.chat_template = random_llava.CHAT_TEMPLATE.replace("<s>", "").replace(
-        "<image>", PICTURE
-    )
-    tokenizer.save_pretrained(folder)
     shutil.copy(remote_kimi_vl.__file__, folder / "processing_kimi_vl.py")
     code = {
         "AutoProcessor": "processing_kimi_vl.KimiVLProcessor",
@@ -190,6 +223,15 @@ def build(folder: Path, *, seed: int = 6) -> None:
     )
 
 
+KIMI_VL: Final = Published(
+    "multi_modal_projector",
+    {"in_proj": "linear_1", "out_proj": "linear_2"},
+    SPECIAL_TOKENS,
+    PICTURE,
+    _finish,
+)
+
+
 class KimiOracle(PixtralOracle):
     picture = PAD
 
@@ -204,12 +246,15 @@ class KimiOracle(PixtralOracle):
         ).eval()
         self.model.load_state_dict(load_file(same / "state.safetensors"))
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        told = json.loads((path / "preprocessor_config.json").read_text())
-        self.images = remote_kimi_vl.KimiVLImageProcessor(in_token_limit=told["in_token_limit"])
+        self.images = self.processor(json.loads((path / "preprocessor_config.json").read_text()))
         self.merge = 2
         self.depth = self.model.config.vision_config.num_hidden_layers
         self.object_layer = self.depth // 2
         self._seen: dict[Any, Encoding] = {}
+
+    def processor(self, told: dict[str, Any]) -> remote_kimi_vl.KimiVLImageProcessor:
+        """Makes patches of pictures, of what the checkpoint tells its own."""
+        return remote_kimi_vl.KimiVLImageProcessor(in_token_limit=told["in_token_limit"])
 
     @torch.inference_mode()
     def _encode(self, image: Image.Image) -> Encoding:

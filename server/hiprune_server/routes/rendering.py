@@ -130,7 +130,7 @@ class PrunedRenderer(OnlineRenderer):
         report_of.set(
             Report(
                 images if images or wishes.asked else None,
-                {name: sum(one[name] for one in media) for name in MEDIA.values()},
+                {name: sum(one[name] for one in media) for name in MEDIA},
             )
         )
         return result

@@ -12,8 +12,8 @@ from hiprune_vllm.plan import FIELD
 
 Images = list[dict[str, Any]]
 
-MEDIA: Final = {"image": "image_tokens", "video": "video_tokens"}
-"""Kinds of media -> their names among the details of a prompt's tokens."""
+MEDIA: Final = {"image_tokens": ("image", "vision_chunk"), "video_tokens": ("video",)}
+"""Names among the details of a prompt's tokens -> what vLLM calls such items."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def media_tokens(inputs: Any) -> dict[str, int]:
     """Tokens of a rendered prompt that stand for its pictures and its videos."""
     places = inputs.get("mm_placeholders") or {}
     return {
-        name: sum(place.get_num_embeds() for place in places.get(kind, ()))
-        for kind, name in MEDIA.items()
+        name: sum(place.get_num_embeds() for kind in kinds for place in places.get(kind, ()))
+        for name, kinds in MEDIA.items()
     }
 
 

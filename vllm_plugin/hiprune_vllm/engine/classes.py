@@ -12,6 +12,7 @@ import vllm
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
+from hiprune_vllm.engine.chunks import let_pictures_have_names
 from hiprune_vllm.engine.info import split_context
 from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.positions import PrunedMRopeModel
@@ -46,6 +47,8 @@ def __getattr__(architecture: str) -> Any:
 def _registered(made: Any, vllm_class: Any, family: FamilyAdapter) -> Any:
     """Registers `vllm_class`'s own processor factories, with pruning in front, for `made`."""
     stock = vllm_class._processor_factory
+    if family.modality != "image":
+        let_pictures_have_names()
 
     def build_info(ctx: InputProcessingContext) -> Any:
         ctx, pruning = split_context(ctx, family)

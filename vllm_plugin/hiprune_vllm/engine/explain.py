@@ -38,9 +38,11 @@ class ExplainExtension:
         if not get_pp_group().is_first_rank:
             return None
         item = MsgpackDecoder(MultiModalKwargsItem).decode(frames)
-        ((_, _, inputs),) = group_and_batch_mm_kwargs([("image", item)], device=self.device)
+        model = self.get_model()
+        items = [(model.family.modality, item)]
+        ((_, _, inputs),) = group_and_batch_mm_kwargs(items, device=self.device)
         with torch.inference_mode():
-            return [_told(part) for part in self.get_model().explain(layer, score, **inputs)]
+            return [_told(part) for part in model.explain(layer, score, **inputs)]
 
 
 def _told(part: TracedPart) -> dict[str, Any]:
@@ -82,7 +84,7 @@ async def explain(engine_client: Any, inputs: Any) -> list[dict[str, Any]]:
     Returns:
         One a part of the image, see `_told`.
     """
-    (item,) = inputs["mm_kwargs"]["image"]
+    ((item,),) = inputs["mm_kwargs"].values()
     (report,) = inputs["hiprune"]
     plan = report["plan"]
     frames = [bytes(frame) for frame in MsgpackEncoder().encode(item)]
@@ -102,7 +104,7 @@ def views(info: Any, inputs: Any) -> list[tuple[int, int, int, np.ndarray]]:
     Returns:
         Tile, left, top and (rows, columns, 3) uint8 pixels of every part.
     """
-    (item,) = inputs["mm_kwargs"]["image"]
+    ((item,),) = inputs["mm_kwargs"].values()
     data = {name: tensor for name, tensor in item.get_data().items() if name != BUDGET_FIELD}
     images = info.get_hf_processor().image_processor
     family = info.pruning.family

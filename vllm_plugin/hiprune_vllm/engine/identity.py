@@ -35,14 +35,16 @@ class KnownImages:
         found = counted() if images.get(index) is not None else None
         return self._noted(self._counts, identity, found, index)
 
-    def seeds(self, plain: ProcessorInputs, identities: Sequence[str], algorithm: Any) -> list[int]:
+    def seeds(
+        self, plain: ProcessorInputs, modality: str, identities: Sequence[str], algorithm: Any
+    ) -> list[int]:
         """What each image's `random` draw begins with: a number of its content, whatever its name.
 
         vLLM's identity has the model's name in it too, which may be a folder: without it the draw
         is the same wherever the checkpoint lies.
         """
-        images = plain.mm_data_items["image"]
-        sources = by_content(plain).get_mm_hashes("", algorithm)["image"]
+        images = plain.mm_data_items[modality]
+        sources = by_content(plain, modality).get_mm_hashes("", algorithm)[modality]
         seeds = []
         for i, (source, identity) in enumerate(zip(sources, identities, strict=True)):
             found = None
@@ -62,20 +64,25 @@ class KnownImages:
         return found
 
 
-def by_content(plain: ProcessorInputs) -> ProcessorInputs:
+def by_content(plain: ProcessorInputs, modality: str) -> ProcessorInputs:
     """The same inputs without the names (`uuid`) that a client gives to its images."""
     named = plain.mm_uuid_items or {}
-    others = {modality: items for modality, items in named.items() if modality != "image"}
-    return replace(plain, mm_uuid_items=others)
+    others = {kind: items for kind, items in named.items() if kind != modality}
+    data = plain.mm_data_items
+    items = [data[modality].get(i) for i in range(len(data[modality]))] if modality in data else []
+    if any(isinstance(item, dict) and item.get("uuid") for item in items):  # it is there as well
+        unnamed = [{**item, "uuid": None} if isinstance(item, dict) else item for item in items]
+        data = type(data)({**data, modality: type(data[modality])(unnamed)})
+    return replace(plain, mm_data_items=data, mm_uuid_items=others)
 
 
-def names(plain: ProcessorInputs) -> Sequence[str | None]:
+def names(plain: ProcessorInputs, modality: str) -> Sequence[str | None]:
     """The client's name for each image."""
-    images = plain.mm_data_items["image"]
-    return (plain.mm_uuid_items or {}).get("image") or [None] * len(images)
+    images = plain.mm_data_items[modality]
+    return (plain.mm_uuid_items or {}).get(modality) or [None] * len(images)
 
 
-def identify(plain: ProcessorInputs) -> ProcessorInputs:
+def identify(plain: ProcessorInputs, modality: str) -> ProcessorInputs:
     """The inputs with the names that can be relied on.
 
     Without a cache images are known by their content alone: a `uuid` cannot bring them back then,
@@ -87,13 +94,13 @@ def identify(plain: ProcessorInputs) -> ProcessorInputs:
     """
     if plain.cache is not None:
         return plain
-    all_at_hand(plain)
-    return by_content(plain)
+    all_at_hand(plain, modality)
+    return by_content(plain, modality)
 
 
-def all_at_hand(inputs: ProcessorInputs) -> None:
+def all_at_hand(inputs: ProcessorInputs, modality: str) -> None:
     """Raises vLLM's validation error where an image is named by its `uuid` alone."""
-    images = inputs.mm_data_items.get("image", ())
+    images = inputs.mm_data_items.get(modality, ())
     for i in range(len(images)):
         if images.get(i) is None:
             raise not_at_hand(i)
@@ -139,11 +146,13 @@ class _PushedOut(Exception):
 class CachedProcessing(BaseMultiModalProcessor):
     """Mixin: vLLM's processing with a cache, also of what the cache does not hold (any more)."""
 
+    modality: Any
+
     def _get_cache_missing_items(
         self, cache: Any, mm_data_items: Any, mm_hashes: Mapping[str, list[str]]
     ) -> Any:
-        for i, known in enumerate(cache.is_cached(mm_hashes.get("image", []))):
-            if not known and mm_data_items["image"].get(i) is None:
+        for i, known in enumerate(cache.is_cached(mm_hashes.get(self.modality, []))):
+            if not known and mm_data_items[self.modality].get(i) is None:
                 raise not_at_hand(i)
         return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
 
@@ -152,7 +161,7 @@ class CachedProcessing(BaseMultiModalProcessor):
         try:
             return super()._cached_apply_hf_processor(inputs, timing_ctx)
         except _PushedOut:
-            all_at_hand(inputs)
+            all_at_hand(inputs, self.modality)
             return self._apply_hf_processor(inputs, timing_ctx)
 
     def _merge_mm_kwargs(self, *args: Any, **kwargs: Any) -> Any:

@@ -73,7 +73,7 @@ class PrunedModel(torch.nn.Module):
         self.family = type(self).family.of(vllm_config.model_config.hf_config)
         multimodal = vllm_config.model_config.multimodal_config
         # A server that takes no pictures has no tower, nor have the other stages of a pipeline.
-        if multimodal.get_limit_per_prompt("image") and get_pp_group().is_first_rank:
+        if multimodal.get_limit_per_prompt(self.family.modality) and get_pp_group().is_first_rank:
             check_tower(self.family, self)
         self._whole_on_each_rank = multimodal.mm_encoder_tp_mode == "data"
         self._kept_before: LRUCache[Key, Selection] = LRUCache(REMEMBERED_IMAGES)

@@ -102,6 +102,10 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         pruning: PruningInfo = self.info.pruning
         return pruning
 
+    @property
+    def modality(self) -> str:
+        return self.pruning.family.modality
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         # Memory and cache sizes are measured with the largest images, whatever the default plan.
         inputs = super().get_dummy_inputs(*args, **kwargs)
@@ -114,10 +118,10 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
 
         It has `tokens_full`, `tokens_kept`, `method`, and the whole `plan` (a `PruningPlan`).
         """
-        images = inputs.mm_data_items.get("image", [])
+        images = inputs.mm_data_items.get(self.modality, [])
         for items in inputs.mm_data_items.values():
             if isinstance(items, EmbeddingItems | DictEmbeddingItems):
-                if items.modality == "image" and not self.pruning.family.takes_embeddings:
+                if items.modality == self.modality and not self.pruning.family.takes_embeddings:
                     raise VLLMValidationError(
                         "image_embeds cannot be served by this model; send the image itself",
                         parameter="image_embeds",
@@ -140,7 +144,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
         if encoder is None or not images:
             return super().apply(plain, *args, **kwargs)
-        plain = identify(plain)
+        plain = identify(plain, self.modality)
         hashes = {name: list(items) for name, items in self._get_mm_hashes(plain).items()}
         # The very objects that the server's own dummy pictures come with: no request has them.
         given = inputs.hf_processor_mm_kwargs.get(FIELD)
@@ -149,7 +153,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         plain = self.fitted(plain, sizes)
         counts = [
             self._count(plain, i, identity, of_image)
-            for i, (identity, of_image) in enumerate(zip(hashes["image"], sizes, strict=True))
+            for i, (identity, of_image) in enumerate(zip(hashes[self.modality], sizes, strict=True))
         ]
         try:
             limits = NO_LIMITS if measured else self.pruning.limits
@@ -179,7 +183,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         self, plain: ProcessorInputs, index: int, identity: str, sizes: Mapping[str, int]
     ) -> TokenCount:
         """Tokens of an image that is scaled as `sizes` say, or was before under this identity."""
-        images = plain.mm_data_items["image"]
+        images = plain.mm_data_items[self.modality]
         own = of_processor(sizes, self.pruning.family.frames)
         options = with_sizes(plain.hf_processor_mm_kwargs, own)
         info = self.unsized.info if own else self.info
@@ -224,15 +228,15 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
     ) -> _ResolvedInputs:
         """Puts budgets and sizes into the options and into every image's identity."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        identities = hashes["image"]
+        identities = hashes[self.modality]
         seeds = [0] * len(identities)
         if any(budget.method == "random" for budget in budgets):
-            seeds = self._known.seeds(plain, identities, algorithm)
+            seeds = self._known.seeds(plain, self.modality, identities, algorithm)
         seeded = [with_seed(*pair) for pair in zip(budgets, seeds, strict=True)]
         items = [
             _Item(budget, with_budget(identity, name, budget, of_image, algorithm), of_image)
             for identity, name, budget, of_image in zip(
-                identities, names(plain), seeded, sizes, strict=True
+                identities, names(plain, self.modality), seeded, sizes, strict=True
             )
         ]
         return _ResolvedInputs(
@@ -244,7 +248,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
             cache=plain.cache,
             hashes={
                 **hashes,
-                "image": [with_size(item.identity, item.budget.full) for item in items],
+                self.modality: [with_size(item.identity, item.budget.full) for item in items],
             },
         )
 
@@ -254,7 +258,9 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         hashes = dict(super()._get_mm_hashes(inputs))
         for modality, items in inputs.mm_data_items.items():
-            if modality == "image" and not isinstance(items, EmbeddingItems | DictEmbeddingItems):
+            if modality == self.modality and not isinstance(
+                items, EmbeddingItems | DictEmbeddingItems
+            ):
                 continue
             kind = type(items).__name__
             hashes[modality] = [of_kind(one, kind, algorithm) for one in hashes[modality]]
@@ -281,7 +287,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         items = _items_of(kwargs)
         if not items:
             return kwargs
-        cached = mm_is_cached["image"]
+        cached = mm_is_cached[self.modality]
         missing = tuple(item for item, known in zip(items, cached, strict=True) if not known)
         return {**kwargs, FIELD: missing}
 
@@ -309,8 +315,8 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {
             **super()._get_mm_fields_config(hf_inputs, _without_plan(hf_processor_mm_kwargs)),
-            BUDGET_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-            SHAPE_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            BUDGET_FIELD: MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True),
+            SHAPE_FIELD: MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True),
         }
 
     def _get_prompt_updates(
@@ -324,7 +330,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         budgets = [item.budget for item in _items_of(hf_processor_mm_kwargs)]
         return [
             _pruned_update(update, budgets, self.pruning.family)
-            if budgets and update.modality == "image"
+            if budgets and update.modality == self.modality
             else update
             for update in updates
         ]

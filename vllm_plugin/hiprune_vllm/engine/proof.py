@@ -23,7 +23,9 @@ def prove(processor: Any) -> None:
             takes one for "has no images" here and there, and starts without them.
     """
     info, pruning = processor.info, processor.pruning
-    pictures = info.ctx.tokenizer is not None and info.allowed_mm_limits.get("image")
+    pictures = info.ctx.tokenizer is not None and info.allowed_mm_limits.get(
+        pruning.family.modality
+    )
     if pruning.encoder is None or not pictures:
         return
     for plan in (FULL, THIRD):
@@ -39,21 +41,22 @@ def prove(processor: Any) -> None:
 
 
 def _prove(processor: Any, plan: PruningPlan) -> None:
-    info, builder = processor.info, processor.dummy_inputs
-    pictures = builder._get_dummy_images(width=SIZE[0], height=SIZE[1], num_images=1)
-    text = builder.get_dummy_text({"image": 1}) + "."
+    info, builder, modality = processor.info, processor.dummy_inputs, processor.modality
+    (picture,) = builder._get_dummy_images(width=SIZE[0], height=SIZE[1], num_images=1)
+    item_of_vllm = processor.pruning.family.item(picture)
+    text = builder.get_dummy_text({modality: 1}) + "."
     result = processor.apply(
         ProcessorInputs(
             prompt=info.get_tokenizer().encode(text),
-            mm_data_items=info.parse_mm_data({"image": pictures}),
+            mm_data_items=info.parse_mm_data({modality: [item_of_vllm]}),
             hf_processor_mm_kwargs={FIELD: plan},
         ),
         TimingContext(enabled=False),
     )
     (report,) = result[FIELD]
     full, kept = report["tokens_full"], report["tokens_kept"]
-    (item,) = result["mm_kwargs"]["image"]
-    (place,) = result["mm_placeholders"]["image"]
+    (item,) = result["mm_kwargs"][modality]
+    (place,) = result["mm_placeholders"][modality]
     data = item.get_data()
     budget, _ = unpack_item(data.pop(BUDGET_FIELD).tolist())
     encoded = processor.pruning.family.encoded_tokens(info.get_hf_config(), data)

@@ -23,6 +23,7 @@ CLASSES: Final = {
         "interns1:InternS1ForConditionalGeneration",
         "internvl:InternVLAdapter",
     ),
+    "KimiK25ForConditionalGeneration": ("kimi_k25", "kimi_k25:KimiK25Adapter"),
     "KimiVLForConditionalGeneration": ("kimi_vl", "kimi_vl:KimiVLAdapter"),
     "Mistral3ForConditionalGeneration": ("mistral3", "pixtral:Mistral3Adapter"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl:Qwen2VLAdapter"),

@@ -7,6 +7,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
+MODALITIES: Final = ("image", "vision_chunk")
+"""What vLLM calls items that have pictures among them (`FamilyAdapter.modality`)."""
 _MARK: Final = "-whole-"
 
 
@@ -24,7 +26,7 @@ def tokens_encoded(feature: MultiModalFeatureSpec) -> int:
     kept = feature.mm_position.get_num_embeds()
     _, mark, size = feature.identifier.rpartition(_MARK)
     # What is never pruned has an identity of vLLM's, or the `uuid` that its client has chosen.
-    told = mark and feature.modality == "image" and size.isascii() and size.isdigit()
+    told = mark and feature.modality in MODALITIES and size.isascii() and size.isdigit()
     return max(kept, int(size[:18])) if told else kept
 
 

@@ -169,6 +169,7 @@ class FamilyAdapter(ABC):
         frames: of a video that a picture is to the checkpoint's processor, which counts the pixels
             of all of them; where sizes are free.
         takes_embeddings: whether vLLM's model takes pictures that were encoded elsewhere.
+        modality: what vLLM calls the items that have the pictures among them.
         misread: what of a prompt makes vLLM's processor lose the place of a picture; None where
             nothing does.
     """
@@ -177,6 +178,7 @@ class FamilyAdapter(ABC):
     mrope: ClassVar[bool] = False
     frames: ClassVar[int] = 1
     takes_embeddings: ClassVar[bool] = True
+    modality: ClassVar[str] = "image"
     misread: ClassVar[str | None] = None
 
     def of(self, hf_config: Any) -> "FamilyAdapter":
@@ -191,6 +193,10 @@ class FamilyAdapter(ABC):
             UnsupportedCheckpoint: the encoder cannot be pruned.
             TooShallow: it has fewer layers than pruning needs.
         """
+
+    def item(self, picture: PIL.Image.Image) -> Any:
+        """A picture as the items that vLLM's processor takes."""
+        return picture
 
     def pixels(self, info: Any) -> tuple[int, int] | None:
         """Least and most pixels that vLLM's processing `info` scales a picture to.

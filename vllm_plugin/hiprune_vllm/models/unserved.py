@@ -18,10 +18,6 @@ _POOLED = (
 _READS_TEXT = "it reads whole pages of text, where every visual token counts"
 _OTHER_TOWER = "its vision encoder is timm's, whose attention keeps queries and keys to itself"
 
-_CHUNKS = (
-    "vLLM takes its pictures for items of the kind vision_chunk, which pieces of videos are, too, "
-    "and budgets are for images"
-)
 _OF_TRANSFORMERS = (
     "with --model-impl transformers pictures go through that library's own model, whose "
     "placeholders hiprune does not cut; serve the checkpoint by vLLM's own model where it has one "
@@ -40,7 +36,6 @@ UNSERVED: Final = {
     "MiniCPMV": _QUERIES,
     "MolmoForCausalLM": _POOLED,
     "Molmo2ForConditionalGeneration": _POOLED,
-    "KimiK25ForConditionalGeneration": _CHUNKS,
     "PixtralForConditionalGeneration": _WRITTEN_OUT,
     "TransformersMultiModalForCausalLM": _OF_TRANSFORMERS,
     "TransformersMultiModalMoEForCausalLM": _OF_TRANSFORMERS,
