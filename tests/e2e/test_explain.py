@@ -42,14 +42,14 @@ def explained(llm, prompt, image, plan):
             return llm.collective_rpc(method, args=args)
 
     renderer = llm.llm_engine.renderer
+    processor = renderer.get_mm_processor()
     inputs = renderer._process_multimodal(
         renderer.tokenizer.encode(prompt),
-        {"image": image},
+        {processor.modality: [image]},
         None,
         {"hiprune": plan},
         skip_mm_cache=True,
     )
-    processor = renderer.get_mm_processor()
     told = asyncio.run(processor.explain(Client(), inputs))
     views = explain.views(processor.info, inputs)
     return told, [(number, left, top, pixels) for number, left, top, pixels in views]

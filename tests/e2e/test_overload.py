@@ -277,6 +277,15 @@ def test_a_costly_form_is_refused_on_routes_that_are_vllms_own(server):
     assert answer.json()["error"]["param"] == "structured_outputs"
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_form_that_the_model_has_no_words_for_is_the_requests_fault(server, path):
+    form = {"structured_outputs": {"json": {"type": "object", "required": ["a"]}}}
+    request = body(**form) if path == CHAT else {"model": "hiprune-demo", "prompt": "Hi"} | form
+    answer = post(server, path, request)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "structured_outputs"
+
+
 def test_a_form_of_everyday_use_is_kept(server):
     request = body(structured_outputs={"choice": ["red", "green"]})
     first = post(server, CHAT, request)

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.exceptions import GenerationError
 
-from hiprune_server.hardening.grammars import FIELDS
+from hiprune_server.hardening.grammars import FIELDS, unanswerable
 
 
 @contextmanager
@@ -29,11 +29,7 @@ def blamed_on_the_grammar(request: Any) -> Iterator[None]:
     except GenerationError as error:
         for field in FIELDS:
             if getattr(request, field, None):
-                raise VLLMValidationError(
-                    f"{field} must be a form that this model can answer in, "
-                    "got one that ended the answer with an error",
-                    parameter=field,
-                ) from error
+                raise unanswerable(field) from error
         raise
 
 

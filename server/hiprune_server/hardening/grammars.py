@@ -47,6 +47,15 @@ def form_field(request: Any) -> str:
     return next(given, FIELDS[0])
 
 
+def unanswerable(field: str) -> VLLMValidationError:
+    """The refusal of a form that the model's vocabulary has no words for, or that is none."""
+    return VLLMValidationError(
+        f"{field} must be a form that this model can answer in, "
+        "got one that ended the answer with an error",
+        parameter=field,
+    )
+
+
 class Grammars:
     """Which forms of answers the engine may be asked for; one for each API server process.
 
@@ -97,12 +106,17 @@ class Grammars:
     ) -> AsyncGenerator[Any, None]:
         """`vllms`, an engine client's `generate`, once the grammar is known to be cheap enough.
 
-        Requests of routes that do not come through our renderer meet their check here.
+        Requests of routes that do not come through our renderer meet their check here, and such a
+        one that its grammar ends is told so: vLLM has "Internal server error".
         """
         await self.check(sampling_params)
+        form = getattr(sampling_params, "structured_outputs", None)
+        text = not (isinstance(prompt, dict) and prompt.get("mm_kwargs"))
         outputs = vllms(prompt, sampling_params, *args, **kwargs)
         try:
             async for output in outputs:
+                if form and text and any(one.finish_reason == "error" for one in output.outputs):
+                    raise unanswerable(FIELDS[0])
                 yield output
         finally:
             await outputs.aclose()
