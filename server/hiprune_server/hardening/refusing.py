@@ -8,7 +8,6 @@ Remove when: vLLM refuses fields that it does not know.
 
 import argparse
 import json
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
@@ -34,7 +33,9 @@ class RefusingPlugin:
     def attach_router(self, app: FastAPI) -> None:
         app.add_middleware(RefuseBudgets, reason=self._reason)
 
-    async def init_state(self, engine_client: Any, state: State, args: argparse.Namespace) -> None:
+    async def init_state(
+        self, engine_client: object, state: State, args: argparse.Namespace
+    ) -> None:
         """Nothing to do: no route asks for anything."""
 
 

@@ -10,15 +10,18 @@ Remove when: vLLM's handlers can add attributes to the span.
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, Final
+from typing import Final
 
 from vllm.tracing import SpanAttributes
 from vllm.v1.engine import output_processor
 
-Images = Sequence[Mapping[str, Any]]
+Images = Sequence[Mapping[str, object]]
 
 _UNDER_WAY: Final[dict[str, Images]] = {}
 """Pictures of the requests that the engine has at the moment, by the id in their span."""
+
+
+_GENERATE: Final = "generate"
 
 
 class Traced:
@@ -29,24 +32,31 @@ class Traced:
         images: those of the request at hand, as its answer reports them; None or empty without.
     """
 
-    def __init__(self, client: Any, images: Callable[[], Images | None]) -> None:
+    def __init__(self, client: object, images: Callable[[], Images | None]) -> None:
         self._client = client
         self._images = images
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._client, name)
 
     def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        outputs = self._client.generate(prompt, sampling_params, request_id, *args, **kwargs)
+        self,
+        prompt: object,
+        sampling_params: object,
+        request_id: str,
+        *args: object,
+        **kwargs: object,
+    ) -> AsyncGenerator[object, None]:
+        outputs = getattr(self._client, _GENERATE)(
+            prompt, sampling_params, request_id, *args, **kwargs
+        )
         images = self._images()
         return _noted(outputs, request_id, images) if images else outputs
 
 
 async def _noted(
-    outputs: AsyncGenerator[Any, None], request_id: str, images: Images
-) -> AsyncGenerator[Any, None]:
+    outputs: AsyncGenerator[object, None], request_id: str, images: Images
+) -> AsyncGenerator[object, None]:
     _UNDER_WAY[request_id] = images
     try:
         async for output in outputs:
@@ -56,7 +66,7 @@ async def _noted(
         await outputs.aclose()
 
 
-def attributes(images: Images) -> dict[str, list[Any]]:
+def attributes(images: Images) -> dict[str, list[object]]:
     """What a span says of pictures, one value a picture."""
     return {
         f"hiprune.{name}": [image[name] for image in images]
@@ -71,8 +81,9 @@ def put_budgets_on_spans() -> None:
         return
 
     @wraps(original)
-    def instrument(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("attributes") or {}
+    def instrument(*args: object, **kwargs: object) -> object:
+        given = kwargs.get("attributes")
+        given = given if isinstance(given, dict) else {}
         images = _UNDER_WAY.get(given.get(SpanAttributes.GEN_AI_REQUEST_ID, ""))
         if images:
             kwargs["attributes"] = {**given, **attributes(images)}

@@ -157,7 +157,7 @@ def check_engine_wide(config: Config, args: argparse.Namespace) -> None:
         RuntimeError: naming the flag that does.
     """
     given = args.mm_processor_kwargs or {}
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, object] = {}
     if config["default"]:
         wanted[FIELD] = config["default"]
     if config.limits != NO_LIMITS:

@@ -77,7 +77,7 @@ def fault(route: str, body: bytes) -> PlanError | None:
     return None
 
 
-def unread(route: str, parsed: Any) -> str:
+def unread(route: str, parsed: object) -> str:
     """The first place of a budget in a body that vLLM alone does not read; empty without one.
 
     It reads what stands in `mm_processor_kwargs`, on routes that have it.

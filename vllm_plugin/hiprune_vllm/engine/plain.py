@@ -4,9 +4,11 @@ import logging
 from collections.abc import Sequence
 from functools import wraps
 from importlib.metadata import entry_points
-from typing import Any, Final
+from typing import Final
 
 from vllm import envs, plugins
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.tasks import SupportedTask
 
 GROUP: Final = "vllm.endpoint_plugins"
 NAME: Final = "hiprune_api"
@@ -31,7 +33,7 @@ def load_our_routes() -> None:
         return
 
     @wraps(original)
-    def load(supported_tasks: tuple[Any, ...] | None = None) -> list[Any]:
+    def load(supported_tasks: tuple[SupportedTask, ...] | None = None) -> list[EndpointPlugin]:
         found = original(supported_tasks)
         if any(plugin.name == NAME for plugin in found):
             return found
@@ -41,7 +43,7 @@ def load_our_routes() -> None:
     plugins.load_endpoint_plugins = load
 
 
-def _ours(tasks: Sequence[Any] | None) -> Any:
+def _ours(tasks: Sequence[SupportedTask] | None) -> EndpointPlugin:
     """Our routes, or what stands in for them. Raises what keeps them from being loaded."""
     point = next(iter(entry_points(group=GROUP, name=NAME)))
     plugin = point.load()()
