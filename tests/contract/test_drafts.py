@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from hiprune_vllm.engine.drafts import places, tell_places_from_positions
+from tests.reference.kernels import kernels_found
 
 STOCK = {
     name: inspect.unwrap(getattr(SpecDecodeBaseProposer, name))
@@ -22,7 +23,8 @@ TABLE = torch.arange(100, 100 + 3 * LONGEST // BLOCK).view(3, -1).int()
 @pytest.fixture(scope="module", autouse=True)
 def _kernels():
     """As the CPU engine's worker has them; on a GPU Triton's own."""
-    current_platform.register_triton_kernel_overrides()
+    with kernels_found():
+        current_platform.register_triton_kernel_overrides()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from hiprune_server.hardening.auth import ADMINISTRATION, OPEN
 from hiprune_server.hardening.releases import make_arg_parser
 from hiprune_server.wishes.places import OF_NUMBERS, READ
+from hiprune_vllm.facade import WORKER_EXTENSION
 
 KEY = {"authorization": "Bearer s3cret"}
 ADMINISTERS = re.compile(
@@ -36,7 +37,8 @@ def build(monkeypatch, *flags, plugins="hiprune,hiprune_api", **variables):
 
 @pytest.fixture
 def app(monkeypatch):
-    return build(monkeypatch, "--api-key", "other", "s3cret")
+    explaining = ("--worker-extension-cls", WORKER_EXTENSION)
+    return build(monkeypatch, "--api-key", "other", "s3cret", *explaining)
 
 
 def leaves(routes: list[BaseRoute], prefix: str = ""):

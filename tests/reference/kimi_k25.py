@@ -1,13 +1,13 @@
 """Kimi K2.5: a small checkpoint with random weights as published ones are, and the oracle."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from tests.reference import remote_kimi_vl
+from tests.reference.kernels import kernels_found
 from tests.reference.kimi_vl import SPECIAL_TOKENS, KimiOracle, Published, write
 from tests.reference.rotary import turned_in_pytorch
 
@@ -57,29 +57,9 @@ def build(folder: Path, *, seed: int = 6) -> None:
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Around the start of an engine on a CPU.
-
-    vLLM looks for kernels in all objects of all modules there and stumbles over one of llvmlite's,
-    which numba brings and vLLM's processor of this model is written with.
-    """
-    from vllm.triton_utils import dispatcher
-
-    rebind, name = dispatcher._rebind_kernels, "llvmlite.binding.ffi"
-
-    def without_it(overrides: Any) -> None:
-        module = sys.modules.pop(name, None)
-        try:
-            rebind(overrides)
-        finally:
-            if module is not None:
-                sys.modules[name] = module
-
-    dispatcher._rebind_kernels = without_it
-    try:
-        with turned_in_pytorch():
-            yield
-    finally:
-        dispatcher._rebind_kernels = rebind
+    """Around the start of an engine on a CPU."""
+    with kernels_found(), turned_in_pytorch():
+        yield
 
 
 class ImageProcessor(remote_kimi_vl.KimiVLImageProcessor):

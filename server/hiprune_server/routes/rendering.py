@@ -27,6 +27,8 @@ from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, PruningPlan
 
 pictures_sent: ContextVar[Mapping[str, str] | None] = ContextVar("hiprune_pictures", default=None)
 """Marks and paths of the pictures in the request at hand, on routes that `wishes.tag` is for."""
+_ANY_LENGTH = 2**31 - 1
+"""Tokens of an answer whose form alone is looked at: no `min_tokens` is above it."""
 
 
 class PrunedRenderer(OnlineRenderer):
@@ -74,7 +76,8 @@ class PrunedRenderer(OnlineRenderer):
     async def _check_form(self, request: Any) -> None:
         """Refuses a costly grammar, which vLLM's parsers may have made by now, before a stream."""
         if not getattr(request, "use_beam_search", False):  # vLLM's takes no grammar
-            await self._grammars.check(request.to_sampling_params(1, {}), form_field(request))
+            params = request.to_sampling_params(_ANY_LENGTH, {})
+            await self._grammars.check(params, form_field(request))
 
     async def preprocess_chat(
         self, request: Any, messages: list[Any], *args: Any, **kwargs: Any
