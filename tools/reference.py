@@ -60,8 +60,8 @@ def fields() -> str:
     rows = []
     for knob, allowed in schema(_ANY).items():
         wanted, standard = _OF_MODEL.get(knob, (None, str(default.get(knob, ""))))
-        rows.append((f"`{knob}`", wanted or _range(allowed), standard))
-    return table(["field", "range", "where nobody says anything"], rows)
+        rows.append((f"`{knob}`", wanted or _range(allowed), allowed["description"], standard))
+    return table(["field", "range", "", "where nobody says anything"], rows)
 
 
 def _range(allowed: Mapping[str, Any]) -> str:

@@ -242,6 +242,125 @@ def test_light_modules_load_nothing_heavy(module, heavy):
     assert ran.stdout.strip() == "[]"
 
 
+OF_VLLM = {
+    "engine/checks.py": "how vLLM words a refusal, and embeddings that a client sends ready-made",
+    "engine/chunks.py": "patch: names of pictures among vision chunks",
+    "engine/classes.py": "registers classes and processors",
+    "engine/compat.py": "patches: scheduler, worker, runners, graphs, adapters",
+    "engine/drafts.py": "patch: positions of drafts",
+    "engine/explain.py": "ships one picture to the worker and its trace back",
+    "engine/identity.py": "what caches know a picture by",
+    "engine/info.py": "what a processor is made with",
+    "engine/model.py": "the model class in front of vLLM's",
+    "engine/patches.py": "when each patch is made",
+    "engine/plain.py": "patch: routes under vLLM's own server",
+    "engine/positions.py": "the model class with 3-D positions",
+    "engine/processing.py": "the processor class in front of vLLM's",
+    "engine/proof.py": "asks vLLM's processor what the adapter takes for granted",
+    "engine/registration.py": "names the classes to vLLM",
+    "engine/rotary.py": "the processor class with 3-D positions",
+    "engine/scheduling.py": "the cache manager that counts whole pictures",
+    "engine/sharing.py": "pictures shared out over ranks",
+    "engine/sizes.py": "the processor class with sizes of a request",
+    "engine/whole.py": "a prompt as vLLM numbers it",
+    "models/internvl.py": "sizes of vLLM's own tile processor",
+    "models/llava.py": "asks whether vLLM's fused forward is on; refusals",
+    **dict.fromkeys(
+        (
+            f"models/{family}.py"
+            for family in (
+                "gemma4",
+                "glm4v",
+                "idefics3",
+                "kimi_vl",
+                "llava_next",
+                "pixtral",
+                "qwen2_vl",
+                "tiles",
+            )
+        ),
+        "how vLLM words a refusal",
+    ),
+}
+"""Module of the plugin -> what of vLLM it is there for. None else knows vLLM."""
+
+
+def imports_vllm(path):
+    """Inside functions, too; not what the type checker alone reads."""
+    tree = ast.parse(path.read_text())
+    unread = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    return any(
+        within(name, "vllm")
+        for node in ast.walk(tree)
+        if node not in unread and isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else names(node))
+    )
+
+
+def names(node):
+    return [name.name for name in node.names]
+
+
+def test_the_list_of_what_knows_vllm_is_true():
+    package = PLUGIN / "hiprune_vllm"
+    found = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if imports_vllm(path)
+    }
+    assert found == set(OF_VLLM)
+
+
+def changes_of_vllm():
+    """Name of each function that says "Symptom: ..." -> its module in the plugin."""
+    for path in sorted((PLUGIN / "hiprune_vllm").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "Symptom: " in (ast.get_docstring(node) or ""):
+                yield node, path
+
+
+def test_each_change_of_vllm_says_why_is_listed_and_made_at_one_place():
+    engine = PLUGIN / "hiprune_vllm" / "engine"
+    patches = (engine / "patches.py").read_text()
+    made = {node.name: (node, path) for node, path in changes_of_vllm()}
+    assert len(made) > 8
+    for name, (node, path) in made.items():
+        for part in ("Symptom: ", "Cause: ", "Change: ", "Remove when: "):
+            assert part in ast.get_docstring(node), name
+        assert OF_VLLM[path.relative_to(engine.parent).as_posix()].startswith("patch"), path
+        assert f"    {name}(" in patches, name
+        for other in (PLUGIN / "hiprune_vllm").rglob("*.py"):
+            if other not in (path, engine / "patches.py"):
+                assert name not in other.read_text(), other
+
+
+def test_nothing_else_writes_into_vllm():
+    """An attribute of a module or class that comes from vLLM is set in patches alone."""
+    for path in sorted((PLUGIN / "hiprune_vllm").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        of_vllm = {
+            name.asname or name.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and within(node.module, "vllm")
+            for name in node.names
+        }
+        place = path.relative_to(PLUGIN / "hiprune_vllm").as_posix()
+        if OF_VLLM.get(place, "").startswith("patch"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                written = {
+                    ast.unparse(target).split(".")[0]
+                    for target in targets
+                    if isinstance(target, (ast.Attribute, ast.Subscript))
+                }
+                assert not written & of_vllm, (path, node.lineno)
+
+
 MOST_ANY = {"vllm_plugin": 403, "server": 217}
 """How often `Any` is written. It falls: lower a number when it has. A new family
 brings the few of its adapter's signatures, nothing else raises one."""

@@ -40,3 +40,26 @@ def test_a_device_is_never_waited_for():
     assert clock.lap() == []
     Event.passed = True
     assert clock.lap() == [pytest.approx(0.01)]
+
+
+def test_a_devices_blocks_are_timed_by_its_events(monkeypatch):
+    class Recorded(Event):
+        def __init__(self, *, enable_timing):
+            self.recorded = not enable_timing
+
+        def record(self):
+            self.recorded = True
+
+        def elapsed_time(self, other):
+            assert self.recorded
+            assert other.recorded
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    Event.passed = False
+    clock = Stopwatch()
+    with clock.running(torch.device("cuda")):
+        pass
+    assert clock.lap() == []
+    Event.passed = True
+    assert clock.lap() == [pytest.approx(0.003)]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hiprune_server.wishes.places import OF_NUMBERS, PLACES, READ, fault
+from hiprune_server.wishes.places import OF_NUMBERS, PLACES, READ, fault, unread
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PLAN = {"tokens": 64}
@@ -140,3 +140,19 @@ def test_looking_takes_time_in_proportion_to_the_body(body):
     finally:
         gc.enable()
     assert large < 12 * small  # 16 times, were it quadratic
+
+
+def test_where_vllm_alone_reads_a_body_a_budget_counts_in_its_processors_options_only():
+    inside = {"mm_processor_kwargs": {"hiprune": PLAN}}
+    assert unread(CHAT, inside) == ""
+    assert (
+        unread(CHAT, {**inside, "messages": [{"content": OWN}]}) == "messages[0].content[0].hiprune"
+    )
+    assert unread("/nowhere", inside) == "mm_processor_kwargs.hiprune"
+    assert unread(CHAT, [{"hiprune": PLAN}]) == "[0].hiprune"
+    assert unread(CHAT, "hiprune") == ""
+
+
+def test_a_body_that_is_a_number_has_no_places():
+    assert fault(CHAT, b'5 "hiprune"') is None  # no JSON: the route says so
+    assert fault(CHAT, "5".encode("utf-16-le")) is None

@@ -10,13 +10,16 @@ from hiprune_vllm.plan import (
     KNOBS,
     MAX_TOKENS,
     SIZES,
+    About,
     Encoder,
     Limits,
+    PicturesLeftOut,
     PlanError,
     PruningPlan,
     TokenCount,
     complete,
     resolve_all,
+    with_seed,
 )
 from hiprune_vllm.reading import parse_plan, schema
 
@@ -306,3 +309,42 @@ def test_the_limit_lets_through_what_people_ask_for():
 def test_limits_that_are_no_numbers_are_refused(name, value):
     with pytest.raises(PlanError, match=rf"hiprune_limits\.{name} must be an integer >= 1"):
         Limits(**{name: value})
+
+
+def test_least_pixels_are_not_above_most():
+    with pytest.raises(PlanError, match="must be at most max_pixels 5, got 9") as error:
+        parse_plan({"min_pixels": 9, "max_pixels": 5}, FREE)
+    assert error.value.field == "hiprune.min_pixels"
+    assert parse_plan({"min_pixels": 5, "max_pixels": 5}, FREE).max_pixels == 5
+
+
+@pytest.mark.parametrize("knob", SIZES)
+def test_a_size_above_the_operators_is_told(knob):
+    limits = Limits(max_pixels=100)
+    limits.check(PruningPlan(**{knob: 100}))
+    with pytest.raises(PlanError, match=r"at most 100 \(limits.max_pixels\), got 101"):
+        limits.check(PruningPlan(**{knob: 101}))
+
+
+def test_where_nothing_is_published_the_advice_says_so():
+    assert About("a patch", "9").advice.startswith("Nothing is published")
+    told = About("a patch", "9", published="99 %").to_dict()
+    assert told["advice"].startswith("Measure on your own")
+    assert list(told) == ["token", "layer", "dropped", "published", "advice"]
+
+
+def test_pictures_left_out_are_a_fault_of_the_field_and_say_what_marks_a_place():
+    error = PicturesLeftOut("messages", "must have room", [5])
+    assert (error.field, error.placeholder, str(error)) == (
+        "messages",
+        [5],
+        "messages must have room",
+    )
+
+
+def test_only_a_random_budget_has_a_seed():
+    count = TokenCount(576, 576)
+    drawn = parse_plan({"tokens": 5, "method": "random"}, CLIP).resolve(count, CLIP)
+    chosen = parse_plan({"tokens": 5}, CLIP).resolve(count, CLIP)
+    assert with_seed(drawn, 7).seed == 7
+    assert with_seed(chosen, 7) == chosen

@@ -137,3 +137,27 @@ def test_only_the_layers_that_a_batch_needs_are_wanted():
         Wanted(3, "cls", (6,)),
     }
     assert wanted_scores(dict(enumerate(batch[1:4])), output_layer=8) == []
+
+
+def test_a_traced_row_has_scores_of_both_layers_whatever_its_budget():
+    traced = {0: (3, "global"), 1: (4, "cls")}
+    found = wanted_scores({0: budget(keep=576)}, output_layer=8, traced=traced)
+    assert set(found) == {
+        Wanted(3, "global", (0,)),
+        Wanted(8, "global", (0,)),
+        Wanted(4, "cls", (1,)),
+        Wanted(8, "cls", (1,)),
+    }
+
+
+def test_images_in_one_row_attend_to_themselves_alone():
+    layer = Attention()
+    query, key, value = tensors(batch=1, flat=False)
+    spans = [(0, 4), (4, TOKENS)]
+    of_spans = ScoreRecorder([layer], heads=HEADS, leading_tokens=0, spans=spans)
+    with of_spans.recording([Wanted(1, "global", (0, 1))]) as scores:
+        layer(query, key, value)
+    for row, (start, stop) in enumerate(spans):
+        q, k = (x[0, start:stop].transpose(0, 1) for x in (query, key))
+        alone = torch.tensor(paper.scores(paper.attention(q, k), has_cls=False))
+        torch.testing.assert_close(scores[1, "global", row], alone, rtol=1e-5, atol=1e-6)

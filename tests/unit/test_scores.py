@@ -82,3 +82,17 @@ def test_memory_is_bounded_by_the_block_not_by_the_image(monkeypatch):
     assert largest <= max(block, inputs)
     assert largest < heads * tokens * tokens // 100
     assert scores.BLOCK_ELEMENTS * 4 == 16 << 20
+
+
+def test_an_accelerator_gets_several_heads_at_a_time():
+    """No device is here to work on; shapes are what PyTorch's own stand-in for one knows."""
+    q = torch.empty(2, 9, 4, 8, device="meta")
+    received = attention_received(q, q, 1.0, block_elements=9 * 9 * 4)
+    assert received.shape == (2, 9)
+    assert received.dtype == torch.float32
+
+
+def test_the_default_object_layer_is_a_share_of_the_depth():
+    assert scores.default_object_layer(24, merging=False) == 9
+    assert scores.default_object_layer(32, merging=True) == 16
+    assert scores.default_object_layer(1, merging=False) == 1

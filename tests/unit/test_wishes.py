@@ -2,7 +2,14 @@
 
 import pytest
 
-from hiprune_server.wishes.messages import ImageWish, check_arrived, tag, take_image_wishes
+from hiprune_server.wishes.messages import (
+    ImageWish,
+    Wishes,
+    check_arrived,
+    is_picture,
+    tag,
+    take_image_wishes,
+)
 from hiprune_vllm.plan import Encoder, PlanError, PruningPlan
 from hiprune_vllm.reading import parse_plan
 
@@ -127,3 +134,67 @@ def test_what_a_tool_has_found_needs_no_detail():
     found = {"type": "input_image", "image_url": URL}
     tagged, _ = tag({"input": [{"type": "function_call_output", "output": [found]}]})
     assert tagged["input"][0]["output"][0]["detail"] == "auto"
+
+
+def test_what_a_picture_leaves_open_its_detail_decides_and_then_the_request():
+    whole = PruningPlan(tokens=9, alpha=0.3, buffer="row")
+    both = ImageWish(PruningPlan(ratio=0.5), PruningPlan(tokens=5, alpha=0.2))
+    assert both.over(whole) == PruningPlan(ratio=0.5, alpha=0.2, buffer="row")
+    assert ImageWish(detail=PruningPlan(tokens=5)).over(whole).tokens == 5
+    assert ImageWish().over(whole) == whole
+
+
+def test_who_decided_is_who_said_how_many():
+    few, knob = PruningPlan(tokens=5), PruningPlan(alpha=0.2)
+    of_images = [ImageWish(few, few), ImageWish(knob, few), ImageWish(knob, knob), ImageWish()]
+    told = [Wishes(True, few, of_images).source(i) for i in range(5)]
+    assert told == ["image", "detail", "request", "request", "request"]
+    assert Wishes(False, knob, of_images).source(3) == "default"
+
+
+def test_only_parts_with_a_picture_are_read():
+    class Found:
+        """What a tool has found, as an object that can be told as a dict."""
+
+        def model_dump(self, *, exclude_none):
+            assert exclude_none
+            return {"type": "input_image", "image_url": URL, "detail": "low"}
+
+    text = {"type": "text", "text": "x"}
+    content = ["odd", text, Found(), {"image_url": URL}]
+    messages = ["odd", {"content": "x"}, {"role": "user"}, {"role": "user", "content": content}]
+    plain, wishes, _ = take_image_wishes(messages, Pruning(), PRESETS)
+    assert plain[:3] == messages[:3]
+    assert plain[3]["content"][:2] == ["odd", text]
+    assert wishes == [ImageWish(None, PRESETS["low"]), ImageWish()]
+    assert not is_picture("odd")
+    assert is_picture({"type": "text", "uuid": "a", "image_url": None})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "told"),
+    [
+        ({"type": "text", "text": "x", "hiprune": {}}, "hiprune", "is none"),
+        (
+            {"type": "input_image", "image_url": URL, "detail": "LOW"},
+            "detail",
+            "must be one of auto, low, high, got 'LOW'",
+        ),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "detail": 5}},
+            "image_url.detail",
+            "got 5",
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_served_is_named(part, field, told):
+    with pytest.raises(PlanError) as error:
+        take(part)
+    assert error.value.field == f"messages[0].content[0].{field}"
+    assert told in str(error.value)
+
+
+def test_a_picture_without_a_place_for_a_mark_stays_as_it_is():
+    odd = [{"type": "input_image", "file_id": "a"}, {"type": "image", "source": {"type": "url"}}]
+    body = {"input": [{"role": "user", "content": odd}]}
+    assert tag(body) == (body, {})

@@ -13,8 +13,10 @@ def register() -> None:
     with a budget is refused.
     """
     from hiprune_vllm import tuning
-    from hiprune_vllm.engine.registration import register_models, register_routes
+    from hiprune_vllm.engine import patches
+    from hiprune_vllm.engine.registration import CLASSES, register_models
 
-    register_routes()
-    if not tuning.on(tuning.DISABLE):
+    pruning = not tuning.on(tuning.DISABLE)
+    if pruning:
         register_models()
+    patches.in_every_process(CLASSES if pruning else ())

@@ -1,10 +1,11 @@
-"""Reads a `hiprune` object: the only place where a user's knobs are checked.
+"""What a `hiprune` object may hold: each knob stands once, and is read, published and described
+from there.
 
 Standard library only, as `plan`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hiprune_vllm.plan import (
     BUDGETS,
@@ -12,13 +13,83 @@ from hiprune_vllm.plan import (
     KNOBS,
     MAX_TOKENS,
     NO_LIMITS,
-    SIZES,
     Encoder,
     Limits,
     PlanError,
     PruningPlan,
 )
-from hiprune_vllm.pruning.budget import BUFFERS, METHODS, SCORES
+from hiprune_vllm.pruning.budget import BUFFERS, SCORES
+
+Schema = dict[str, Any]
+"""Of one value, in the words of JSON Schema: `type` with bounds, or `enum`."""
+
+
+class Knob(NamedTuple):
+    """One field of a `hiprune` object.
+
+    Attributes:
+        help: what it does, for people.
+        allows: its values for an encoder and within an operator's limits; None where a model has
+            no such knob.
+        lacking: what the models are that have none of it, or not all of its values.
+    """
+
+    help: str
+    allows: Callable[[Encoder, Limits], Schema | None]
+    lacking: str = ""
+
+
+def _integer(low: int, high: int) -> Schema:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def _pixels(encoder: Encoder, limits: Limits) -> Schema | None:
+    return _integer(1, limits.max_pixels) if encoder.free_sizes else None
+
+
+_FIXED_SIZES: Final = "whose pictures are scaled to fixed sizes"
+_KNOBS: Final[Mapping[str, Knob]] = {
+    "tokens": Knob(
+        "visual tokens kept per picture; more than it has means all",
+        lambda _, limits: _integer(limits.min_tokens, limits.max_tokens),
+    ),
+    "ratio": Knob(
+        "share kept per picture, at least one token",
+        lambda *_: {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    ),
+    "total_tokens": Knob(
+        "visual tokens of all pictures together, shared in proportion to their full size",
+        lambda *_: _integer(1, MAX_TOKENS),
+    ),
+    "alpha": Knob(
+        "share of anchors and buffers together",
+        lambda *_: {"type": "number", "minimum": 0, "maximum": 1},
+    ),
+    "object_layer": Knob(
+        "layer that anchors come from, counted from 1",
+        lambda encoder, _: _integer(1, encoder.output_layer - 1),
+    ),
+    "buffer": Knob(
+        "which neighbours of an anchor stay with it", lambda *_: {"enum": list(BUFFERS)}
+    ),
+    "score": Knob(
+        "attention counted from all tokens, or from the CLS token only",
+        lambda encoder, _: {"enum": list(SCORES) if encoder.has_cls else ["global"]},
+        "whose encoder has no CLS token",
+    ),
+    "method": Knob(
+        "how tokens are chosen; random and stride are controls",
+        lambda _, limits: {"enum": list(limits.methods)},
+    ),
+    "min_pixels": Knob("pixels that a picture is scaled to at least", _pixels, _FIXED_SIZES),
+    "max_pixels": Knob("pixels that a picture is scaled to at most", _pixels, _FIXED_SIZES),
+    "max_tiles": Knob(
+        "tiles that a picture is cut into at most, beside the whole of it",
+        lambda encoder, _: None if encoder.tiles is None else _integer(*encoder.tiles),
+        "whose pictures are not cut into tiles",
+    ),
+}
+"""Name -> knob, for each of `plan.KNOBS` and in their order."""
 
 
 def parse_plan(
@@ -47,7 +118,7 @@ def parse_plan(
                 f"is unknown; allowed are {', '.join(known)}",
                 unknown=True,
             )
-    knobs = {key: _READERS[key](value[key], f"{field}.{key}", encoder) for key in value}
+    knobs = {key: _read(_KNOBS[key], one, f"{field}.{key}", encoder) for key, one in value.items()}
     plan = PruningPlan(**knobs)
     given = [name for name in BUDGETS if getattr(plan, name) is not None]
     if len(given) > 1:
@@ -62,29 +133,35 @@ def parse_plan(
     return plan
 
 
-def schema(encoder: Encoder, limits: Limits = NO_LIMITS) -> dict[str, dict[str, Any]]:
-    """Range of every knob that a request may give, in the words of JSON Schema."""
-    ranges: dict[str, dict[str, Any]] = {
-        "tokens": {
-            "type": "integer",
-            "minimum": limits.min_tokens,
-            "maximum": limits.max_tokens,
-        },
-        "ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-        "total_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
-        "alpha": {"type": "number", "minimum": 0, "maximum": 1},
-        "object_layer": {"type": "integer", "minimum": 1, "maximum": encoder.output_layer - 1},
-        "buffer": {"enum": list(BUFFERS)},
-        "score": {"enum": list(SCORES) if encoder.has_cls else ["global"]},
-        "method": {"enum": list(limits.methods)},
+def schema(encoder: Encoder, limits: Limits = NO_LIMITS) -> dict[str, Schema]:
+    """Every knob that a request may give, in the words of JSON Schema."""
+    return {
+        name: allowed | {"description": knob.help}
+        for name, knob in _KNOBS.items()
+        if name not in limits.fixed and (allowed := knob.allows(encoder, limits)) is not None
     }
-    if encoder.free_sizes:
-        for knob in SIZES:
-            ranges[knob] = {"type": "integer", "minimum": 1, "maximum": limits.max_pixels}
-    if encoder.tiles is not None:
-        least, most = encoder.tiles
-        ranges["max_tiles"] = {"type": "integer", "minimum": least, "maximum": most}
-    return {knob: allowed for knob, allowed in ranges.items() if knob not in limits.fixed}
+
+
+def _read(knob: Knob, value: object, field: str, encoder: Encoder) -> Any:
+    """The value, once it is what the knob allows; the operator's limits are asked later."""
+    allowed = knob.allows(encoder, NO_LIMITS)
+    if allowed is None:
+        raise PlanError(field, f"must be left out for this model, {knob.lacking}")
+    if "enum" in allowed:
+        names = allowed["enum"]
+        if isinstance(value, str) and value in names:
+            return value
+        wanted = f"one of {', '.join(names)}" if len(names) > 1 else repr(names[0])
+        model = f" for this model, {knob.lacking}" if knob.lacking and len(names) == 1 else ""
+        raise PlanError(field, f"must be {wanted}{model}, got {_show(value)}")
+    whole = allowed["type"] == "integer"
+    low, high = allowed.get("minimum", 0), allowed["maximum"]
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    open_low = "exclusiveMinimum" in allowed
+    if is_number and low <= value <= high and not (open_low and value == low):
+        return value if whole else float(value)  # type: ignore[arg-type]
+    told = f"{'an integer' if whole else 'a number'} in {'(' if open_low else '['}{low}, {high}]"
+    raise PlanError(field, f"must be {told}, got {_show(value)}")
 
 
 def _show(value: object) -> str:
@@ -102,69 +179,3 @@ def _show(value: object) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _integer(value: object, field: str, low: int, high: int) -> int:
-    wanted = f"must be an integer in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise PlanError(field, f"{wanted}, got {_show(value)}")
-    return value
-
-
-def _number(value: object, field: str, *, low_is_open: bool) -> float:
-    wanted = f"must be a number in {'(' if low_is_open else '['}0, 1]"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= 1  # NaN is not either
-        or (low_is_open and value == 0)
-    ):
-        raise PlanError(field, f"{wanted}, got {_show(value)}")
-    return float(value)
-
-
-def _name(value: object, field: str, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise PlanError(field, f"must be one of {', '.join(allowed)}, got {_show(value)}")
-    return value
-
-
-def _score(value: object, field: str, encoder: Encoder) -> str:
-    name = _name(value, field, SCORES)
-    if name == "cls" and not encoder.has_cls:
-        raise PlanError(
-            field, "must be 'global' for this model, whose encoder has no CLS token, got 'cls'"
-        )
-    return name
-
-
-def _pixels(value: object, field: str, encoder: Encoder) -> int:
-    if not encoder.free_sizes:
-        raise PlanError(
-            field, "must be left out for this model, whose pictures are scaled to fixed sizes"
-        )
-    return _integer(value, field, 1, MAX_TOKENS)
-
-
-def _tiles(value: object, field: str, encoder: Encoder) -> int:
-    if encoder.tiles is None:
-        raise PlanError(
-            field, "must be left out for this model, whose pictures are not cut into tiles"
-        )
-    return _integer(value, field, *encoder.tiles)
-
-
-_READERS: Final[Mapping[str, Callable[[object, str, Encoder], Any]]] = {
-    "tokens": lambda value, field, _: _integer(value, field, 1, MAX_TOKENS),
-    "ratio": lambda value, field, _: _number(value, field, low_is_open=True),
-    "total_tokens": lambda value, field, _: _integer(value, field, 1, MAX_TOKENS),
-    "alpha": lambda value, field, _: _number(value, field, low_is_open=False),
-    "object_layer": lambda value, field, encoder: _integer(
-        value, field, 1, encoder.output_layer - 1
-    ),
-    "buffer": lambda value, field, _: _name(value, field, BUFFERS),
-    "score": _score,
-    "method": lambda value, field, _: _name(value, field, METHODS),
-    **dict.fromkeys(SIZES, _pixels),
-    "max_tiles": _tiles,
-}

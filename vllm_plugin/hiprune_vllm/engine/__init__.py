@@ -1,1 +1,1 @@
-"""The only home of vLLM internals: version gate, registration, processing, model classes."""
+"""The plugin's hooks into vLLM. What it changes there stands in `patches`, and nowhere else."""

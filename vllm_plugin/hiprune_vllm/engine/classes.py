@@ -12,7 +12,7 @@ import vllm
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
-from hiprune_vllm.engine.chunks import let_pictures_have_names
+from hiprune_vllm.engine import patches
 from hiprune_vllm.engine.info import split_context
 from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.positions import PrunedMRopeModel
@@ -34,6 +34,7 @@ def __getattr__(architecture: str) -> Any:
     module, _, name = module.partition(":")
     vllm_class = resolve_name(f"vllm.model_executor.models.{module}:{name or architecture}")
     family: FamilyAdapter = resolve_name(f"hiprune_vllm.models.{adapter}")()
+    patches.where_a_class_is_asked_for(family)
     mixin = PrunedMRopeModel if family.mrope else PrunedModel
     # It goes by the name of vLLM's own: vLLM's proposer looks that up in a list to find out where
     # the configuration of a model with a text-only draft has its image token.
@@ -47,8 +48,6 @@ def __getattr__(architecture: str) -> Any:
 def _registered(made: Any, vllm_class: Any, family: FamilyAdapter) -> Any:
     """Registers `vllm_class`'s own processor factories, with pruning in front, for `made`."""
     stock = vllm_class._processor_factory
-    if family.modality != "image":
-        let_pictures_have_names()
 
     def build_info(ctx: InputProcessingContext) -> Any:
         ctx, pruning = split_context(ctx, family)

@@ -14,21 +14,14 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
-from hiprune_vllm.engine.compat import (
-    check_engine,
-    forget_with_caches,
-    keep_adapters_to_their_requests,
-    keep_pruned_images_out_of_graphs,
-    let_cpu_runner_receive,
-)
+from hiprune_vllm.engine import patches
+from hiprune_vllm.engine.compat import check_engine
 from hiprune_vllm.engine.sharing import encode_shared
 from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
 from hiprune_vllm.models.base import SHAPE_FIELD, FamilyAdapter
 from hiprune_vllm.models.encode import check_tower, encode
 from hiprune_vllm.models.images import Encoded, Image, Selection, Trace, TracedPart
 from hiprune_vllm.pruning.clock import ENCODER, SELECTION, Stopwatch
-
-let_cpu_runner_receive()
 
 REMEMBERED_IMAGES = 1024
 """Selections that a worker remembers, least recently used out first: 24 MiB at 2880 tokens each."""
@@ -64,11 +57,7 @@ class PrunedModel(torch.nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
-        forget_with_caches()
-        if vllm_config.lora_config is not None:
-            keep_adapters_to_their_requests()
-        if vllm_config.compilation_config.cudagraph_mm_encoder:
-            keep_pruned_images_out_of_graphs()
+        patches.where_a_model_is_made(vllm_config, self.family)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.family = type(self).family.of(vllm_config.model_config.hf_config)
         multimodal = vllm_config.model_config.multimodal_config

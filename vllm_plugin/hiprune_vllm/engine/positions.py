@@ -12,17 +12,9 @@ from vllm.multimodal.utils import copy_mm_embedding_modality
 from vllm.sequence import IntermediateTensors
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from hiprune_vllm.engine.compat import (
-    carry_positions_with_embeddings,
-    let_cpu_runner_ask,
-    recompute_positions_where_needed,
-)
-from hiprune_vllm.engine.drafts import tell_places_from_positions
 from hiprune_vllm.engine.model import PrunedModel
 from hiprune_vllm.engine.whole import dropped, whole_prompt
 from hiprune_vllm.pruning.positions import decode_positions, no_positions
-
-let_cpu_runner_ask()
 
 POSITIONS = "hiprune_positions"
 """Name of the tensor, (tokens, 3), by which a stage of a pipeline hands positions to the next."""
@@ -49,11 +41,6 @@ class PrunedMRopeModel(PrunedModel):
     make_empty_intermediate_tensors: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        # Before layers are made: some make a longer table of rotary embeddings for it.
-        carry_positions_with_embeddings(vllm_config)
-        recompute_positions_where_needed()
-        if vllm_config.speculative_config is not None:
-            tell_places_from_positions()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.is_multimodal_pruning_enabled = False  # vLLM's own, of videos
         of_vllm = self.make_empty_intermediate_tensors

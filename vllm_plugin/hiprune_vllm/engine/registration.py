@@ -2,7 +2,6 @@
 
 from typing import Final
 
-from hiprune_vllm.engine.releases import is_served
 from hiprune_vllm.engine.secret import share
 
 CLASSES: Final = {
@@ -44,23 +43,8 @@ def register_models() -> None:
     Refuses no release of vLLM: a text-only model is none of this plugin's business. The gate stands
     where the classes are imported.
     """
-    import vllm
     from vllm import ModelRegistry
 
     share()
     for architecture in CLASSES:
         ModelRegistry.register_model(architecture, f"hiprune_vllm.engine.classes:{architecture}")
-    if is_served(vllm.__version__):
-        from hiprune_vllm.engine.compat import charge_whole_images
-
-        charge_whole_images(CLASSES)
-
-
-def register_routes() -> None:
-    """Has vLLM's own server load our HTTP routes, on releases that were tested."""
-    import vllm
-
-    if is_served(vllm.__version__):
-        from hiprune_vllm.engine.plain import load_our_routes
-
-        load_our_routes()
