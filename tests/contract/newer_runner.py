@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-WIDTH, COLUMNS = 8, 5
+WIDTH, COLUMNS = 8, 7
 TEXT, IMAGE, VIDEO = 1, 7, 9
 LENGTH, REQUESTS, TOKENS = 96, 8, 64
 

@@ -311,7 +311,7 @@ def test_pruned_pictures_go_around_a_captured_encoder_and_others_through_it(ther
     of_graphs, of_model, widths = there(captured)
     assert of_graphs == [["image_grid_thw", "pixel_values"]]  # vLLM's own inputs alone
     assert of_model == [1]
-    assert widths == [[WIDTH + 5] * 2, [WIDTH + 5]]
+    assert widths == [[WIDTH + COLUMNS] * 2, [WIDTH + COLUMNS]]
 
 
 def on_resuming():

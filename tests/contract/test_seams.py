@@ -270,6 +270,7 @@ def started(folder, tmp_path, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_an_unlisted_vllm_serves_text_and_refuses_what_would_be_pruned(checkpoints, tmp_path):
     from transformers import LlamaConfig
 

@@ -53,7 +53,8 @@ def ask(family: Family, names: Any, plan: Any, **text: str) -> dict[str, Any]:
 def ask_videos(family: Family, plan: Any) -> list[dict[str, Any]]:
     """A video alone, and one behind an image with `plan`."""
     name = next(iter(family.pictures))
-    asked = ask(family, [name], plan, after=f" and {family.video} Why?")
+    of_image = None if plan is None else [plan]  # an object is for videos, too
+    asked = ask(family, [name], of_image, after=f" and {family.video} Why?")
     clip, known = frames()
     alone = {"video": [(clip, {**known, **family.metadata})]}
     asked["multi_modal_data"] |= alone

@@ -3,6 +3,7 @@ import pytest
 from tests.e2e.conformance import Conformance
 
 
+@pytest.mark.long
 class TestMistral3(Conformance):
     family = "mistral3"
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 UV = shutil.which("uv", path=str(BIN))
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(not UV, reason="needs uv, which the CPU engine is installed with"),
     pytest.mark.timeout(1500),
 ]

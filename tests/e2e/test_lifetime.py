@@ -136,6 +136,7 @@ def test_the_demo_needs_no_compiler(tmp_path):
             assert server.ask([photo("coffee")], **options).choices
 
 
+@pytest.mark.long
 def test_a_server_that_is_told_to_stop_while_it_loads_its_model_stops(tmp_path):
     command = [BIN / "hiprune-serve", "--demo", "--port", "0"]
     with (tmp_path / "log").open("w") as log:

@@ -119,6 +119,7 @@ def test_two_tensor_parallel_ranks_keep_and_answer_what_one_rank_does(result, fa
 
 @needs_two_cores
 @needs_two_gpus_or_none
+@pytest.mark.long
 def test_two_ranks_that_share_pictures_keep_and_answer_what_one_rank_does(result):
     room = {"max_num_batched_tokens": 2048}  # several pictures a step: seven, three of one request
     alone = result("qwen2_5_vl", **room)

@@ -116,6 +116,7 @@ def test_where_our_routes_are_left_out_budgets_are_refused_and_the_start_says_so
     assert httpx.get(f"{left_out.url}/v1/hiprune").status_code == 404
 
 
+@pytest.mark.long
 def test_switched_off_a_budget_is_refused_as_well(tmp_path, clip_checkpoint):
     command, environment = vllm_serve(tmp_path, clip_checkpoint)
     environment["HIPRUNE_DISABLE"] = "1"
@@ -128,7 +129,10 @@ def test_switched_off_a_budget_is_refused_as_well(tmp_path, clip_checkpoint):
     ("name", "value", "flag"),
     [
         ("HIPRUNE_DEFAULT", '{"tokens": 64}', '{"hiprune": {"tokens": 64}}'),
-        ("HIPRUNE_LIMITS_MIN_TOKENS", "16", '{"hiprune_limits": {"min_tokens": 16}}'),
+        pytest.param(
+            *("HIPRUNE_LIMITS_MIN_TOKENS", "16", '{"hiprune_limits": {"min_tokens": 16}}'),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_setting_that_does_not_reach_the_engine_stops_the_start(

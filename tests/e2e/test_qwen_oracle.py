@@ -60,7 +60,8 @@ def video_requests(plan):
     video = {"prompt": f"<|im_start|>user {VIDEO}Why?<|im_end|>"}
     both = {"prompt": f"<|im_start|>user {IMAGE}and {VIDEO}Why?<|im_end|>"}
     image = picture("square")
-    kwargs = {} if plan is None else {"mm_processor_kwargs": {"hiprune": plan}}
+    # A list is for pictures alone.
+    kwargs = {} if plan is None else {"mm_processor_kwargs": {"hiprune": [plan]}}
     return [
         {**video, "multi_modal_data": {"video": [frames()]}},
         {**both, "multi_modal_data": {"image": [image], "video": [frames()]}, **kwargs},

@@ -270,7 +270,7 @@ def assert_same_answer(answer, expected, tolerance=5e-3):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[pytest.mark.long] if name == "llava_next" else [])
+        pytest.param(name, marks=[pytest.mark.long] if name != "qwen2_5_vl" else [])
         for name in FAMILIES
     ],
 )

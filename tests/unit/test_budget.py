@@ -8,6 +8,7 @@ from hiprune_vllm.pruning.budget import (
     ImageBudget,
     anchor_count,
     spread,
+    spread_evenly,
     tokens_kept,
 )
 
@@ -161,3 +162,20 @@ def test_a_part_keeps_the_knobs_and_draws_for_itself():
     assert whole.part(576, 576, 0).is_full
     drawn = budget(method="random", seed=2**63 - 1)
     assert {drawn.part(576, 10, i).seed for i in range(3)} == {2**63 - 1, 0, 1}
+
+
+@given(st.integers(0, 500), st.integers(1, 60))
+def test_slices_share_evenly_wherever_one_looks(total, places):
+    shares = spread_evenly(total, places)
+    assert len(shares) == places
+    assert sum(shares) == total
+    assert {share - total // places for share in shares} <= {0, 1}
+    for start in range(places):
+        for stop in range(start + 1, places + 1):
+            fair = total * (stop - start) / places
+            assert abs(sum(shares[start:stop]) - fair) <= 1
+
+
+def test_one_token_is_of_the_middle():
+    assert spread_evenly(1, 3) == [0, 1, 0]
+    assert spread_evenly(2, 5) == [0, 1, 0, 1, 0]

@@ -75,7 +75,7 @@ def test_what_is_exported_is_read_back_the_same(file):
     [
         (
             "defaults: {}",
-            "settings.yaml: defaults is unknown; known are default, disable, explain,",
+            "settings.yaml: defaults is unknown; known are default, default_video,",
         ),
         ("limits: {min: 1}", "settings.yaml: limits.min is unknown"),
         ("limits: 3", "settings.yaml: limits must hold keys and values, got 3"),

@@ -17,6 +17,8 @@ def described(encoder):
         about=Qwen3VLAdapter.about,
         unsupported="",
         default=PruningPlan(),
+        videos=False,
+        of_videos=PruningPlan(),
         limits=NO_LIMITS,
     )
     state = SimpleNamespace(openai_serving_models=models, hiprune=pruning, hiprune_presets={})

@@ -17,8 +17,8 @@ from hiprune_vllm.engine.compat import recompute_positions_where_needed
 from hiprune_vllm.engine.positions import PrunedMRopeModel
 from hiprune_vllm.engine.whole import whole_prompt
 from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
-from hiprune_vllm.pruning.budget import ImageBudget
-from hiprune_vllm.pruning.positions import encode_positions, no_positions
+from hiprune_vllm.pruning.budget import ImageBudget, spread_evenly
+from hiprune_vllm.pruning.positions import COLUMNS, encode_positions, no_positions
 
 WIDTH, IMAGE, VIDEO = 8, 7, 8
 
@@ -65,11 +65,11 @@ class Medium:
     data: dict = field(default_factory=dict)
 
 
-def budget_field(full, keep):
+def budget_field(full, keep, slices=1):
     budget = ImageBudget.of(
         full, keep, method="attention", alpha=0.0, buffer="none", object_layer=0, score="global"
     )
-    return {BUDGET_FIELD: SimpleNamespace(data=torch.tensor(pack_item(budget, "x")))}
+    return {BUDGET_FIELD: SimpleNamespace(data=torch.tensor(pack_item(budget, "x", slices)))}
 
 
 grids = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
@@ -88,16 +88,21 @@ def test_positions_are_those_of_the_unpruned_prompt(parts, text, data):
 
     for before, (frames, h, w), pruned, speed in parts:
         write(before)
-        grid, factor = ((1, h, w), 1.0) if pruned else ((frames, h, w), speed)
-        full = math.prod(grid)
+        grid, factor = (frames, h, w), speed
+        full, slice_ = math.prod(grid), h * w
         keep = data.draw(st.integers(1, full)) if pruned else full
-        kept = sorted(data.draw(st.permutations(range(full)))[:keep]) if pruned else range(full)
+        shares = spread_evenly(keep, frames)
+        of_slices = [
+            sorted(data.draw(st.permutations(range(slice_)))[:share]) if pruned else range(slice_)
+            for share in shares
+        ]
+        kept = [i * slice_ + index for i, own in enumerate(of_slices) for index in own]
         media.append(
             Medium(
                 grid,
                 factor,
                 PlaceholderRange(len(ids), keep),
-                budget_field(full, keep) if pruned else {},
+                budget_field(full, keep, frames) if pruned else {},
             )
         )
         whole_media.append(Medium(grid, factor, PlaceholderRange(len(whole_ids), full)))
@@ -106,7 +111,12 @@ def test_positions_are_those_of_the_unpruned_prompt(parts, text, data):
         whole_ids += [IMAGE] * full
         embedding = torch.zeros(keep, WIDTH)
         columns = (
-            encode_positions(torch.tensor(kept), w, torch.float32)
+            torch.cat(
+                [
+                    encode_positions(torch.tensor(own).long(), w, torch.float32, int(i * factor))
+                    for i, own in enumerate(of_slices)
+                ]
+            )
             if pruned and keep < full
             else no_positions(keep, embedding)
         )
@@ -171,7 +181,7 @@ def a_runner(*, computed, features):
         requests={"one": request},
         input_batch=SimpleNamespace(req_ids=["one"]),
         encoder_cache={},
-        _get_encoder_output_from_cache=lambda _: torch.zeros(10, WIDTH + 5),
+        _get_encoder_output_from_cache=lambda _: torch.zeros(10, WIDTH + COLUMNS),
         get_model=lambda: SimpleNamespace(
             without_positions=lambda items: [item[:, :WIDTH] for item in items]
         ),

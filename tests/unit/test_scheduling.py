@@ -287,7 +287,8 @@ def test_the_asynchronous_scheduler_counts_the_same_way(engine):
         ("image", with_size("0a1b", 3), 64),  # never fewer than are kept
         ("image", "x-whole-", 64),
         ("image", "x-whole-²", 64),
-        ("video", with_size("0a1b", 576), 64),
+        ("video", with_size("0a1b", 576), 576),
+        ("audio", with_size("0a1b", 576), 64),
     ],
 )
 def test_an_identity_tells_what_a_picture_costs(modality, identity, work):

@@ -24,6 +24,10 @@ class Pruning:
     def parse(self, value, *, name="hiprune", for_one_image=False):
         return parse_plan(value, ENCODER, field=name, for_one_image=for_one_image)
 
+    def check_of_video(self, plan, name="hiprune"):
+        if plan.alpha == 1:
+            raise PlanError(name, "must be left out")
+
 
 def take(*parts):
     messages = [{"role": "user", "content": list(parts)}]
@@ -43,7 +47,7 @@ def carried(part):
 def test_messages_stay_as_they_are_and_are_read_once():
     part = {"type": "image_url", "image_url": {"url": URL}, "hiprune": {"tokens": 5}}
     message = {"role": "user", "content": iter([part])}
-    plain, wishes, _ = take_image_wishes([message], Pruning(), PRESETS)
+    plain, wishes, *_ = take_image_wishes([message], Pruning(), PRESETS)
     assert message["content"] == [part]
     assert plain[0]["content"] == [{"type": "image_url", "image_url": {"url": URL}}]
     assert wishes == [ImageWish(PruningPlan(tokens=5))]
@@ -163,7 +167,7 @@ def test_only_parts_with_a_picture_are_read():
     text = {"type": "text", "text": "x"}
     content = ["odd", text, Found(), {"image_url": URL}]
     messages = ["odd", {"content": "x"}, {"role": "user"}, {"role": "user", "content": content}]
-    plain, wishes, _ = take_image_wishes(messages, Pruning(), PRESETS)
+    plain, wishes, *_ = take_image_wishes(messages, Pruning(), PRESETS)
     assert plain[:3] == messages[:3]
     assert plain[3]["content"][:2] == ["odd", text]
     assert wishes == [ImageWish(None, PRESETS["low"]), ImageWish()]
@@ -198,3 +202,22 @@ def test_a_picture_without_a_place_for_a_mark_stays_as_it_is():
     odd = [{"type": "input_image", "file_id": "a"}, {"type": "image", "source": {"type": "url"}}]
     body = {"input": [{"role": "user", "content": odd}]}
     assert tag(body) == (body, {})
+
+
+def test_videos_have_wishes_of_their_own():
+    clip = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    parts = [
+        clip,
+        {"image_url": URL, "hiprune": {"tokens": 5}},
+        {**clip, "hiprune": {"ratio": 0.5}},
+    ]
+    taken = take_image_wishes([{"role": "user", "content": parts}], Pruning(), PRESETS)
+    assert taken.plain[0]["content"] == [clip, {"image_url": URL}, clip]
+    assert taken.wishes == [ImageWish(PruningPlan(tokens=5))]
+    assert taken.of_videos == [ImageWish(), ImageWish(PruningPlan(ratio=0.5))]
+    wishes = Wishes(True, PruningPlan(tokens=7), taken.wishes, taken.of_videos)
+    assert [wishes.source_of_video(i) for i in range(3)] == ["request", "video", "request"]
+    for wrong in ({"alpha": 1}, {"total_tokens": 5}, 5):
+        with pytest.raises(PlanError) as error:
+            take({"type": "text", "text": "x"}, {**clip, "hiprune": wrong})
+        assert error.value.field.startswith("messages[0].content[1].hiprune")

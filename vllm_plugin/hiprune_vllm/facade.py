@@ -37,6 +37,14 @@ class Pruning(Protocol):
         """The engine-wide plan."""
 
     @property
+    def of_videos(self) -> PruningPlan:
+        """The engine-wide plan of videos."""
+
+    @property
+    def videos(self) -> bool:
+        """Whether videos can be pruned."""
+
+    @property
     def limits(self) -> Limits:
         """What requests may ask for."""
 
@@ -45,10 +53,15 @@ class Pruning(Protocol):
     ) -> PruningPlan:
         """Reads a request's `hiprune` object. Raises `PlanError`."""
 
+    def check_of_video(self, plan: PruningPlan, name: str = FIELD) -> None:
+        """Refuses a plan that is for a video alone and cannot be. Raises `PlanError`."""
+
 
 class PictureReport(TypedDict):
-    """What a rendered prompt says of one of its pictures."""
+    """What a rendered prompt says of one of its pictures, or of its pruned videos."""
 
+    kind: str  # "image" or "video"
+    frames: int | None  # of a video that was sent
     tokens_full: int
     tokens_kept: int
     method: str
@@ -74,7 +87,8 @@ class NoPruning:
 
     encoder: Encoder | None = None
     about: About | None = None
-    default = PruningPlan()
+    default = of_videos = PruningPlan()
+    videos = False
     limits = NO_LIMITS
 
     def __init__(self, unsupported: str) -> None:
@@ -85,6 +99,9 @@ class NoPruning:
     ) -> PruningPlan:
         """Refuses every object with the reason. Raises `PlanError`."""
         raise PlanError(name, f"cannot be served: {self.unsupported}")
+
+    def check_of_video(self, plan: PruningPlan, name: str = FIELD) -> None:
+        """Nothing: no plan is read."""
 
 
 class Engine:
@@ -120,6 +137,6 @@ def _why_not(model_config: Any) -> str:
 
 
 def reports(inputs: Mapping[str, Any]) -> Sequence[PictureReport]:
-    """What the processor has written into a rendered prompt: one a picture, in order."""
+    """What the processor has written into a rendered prompt: one a picture, then one a video."""
     found: Sequence[PictureReport] = inputs.get(FIELD, ())
     return found

@@ -15,6 +15,8 @@ MAX_FULL_TOKENS: Final = 2**20
 64 of the largest that Qwen2.5-VL takes (16,384 each), 364 of LLaVA-NeXT's (2,880)."""
 DEFAULT_ALPHA: Final = 0.1  # section 4.1 of the paper
 FIELD: Final = "hiprune"
+OF_VIDEOS: Final = "hiprune_videos"
+"""Beside FIELD: the operator's plan of videos, of which a request says nothing."""
 LIMITS: Final = "hiprune_limits"
 """Beside FIELD in the engine's `mm_processor_kwargs`: fields of `Limits`."""
 BUDGETS: Final = ("tokens", "ratio", "total_tokens")
@@ -218,11 +220,15 @@ class PruningPlan:
         return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
+    def drops_nothing(self) -> bool:
+        """Whether nothing is asked for that would drop a token."""
+        return self.tokens is self.total_tokens is None and self.ratio in (None, 1.0)
+
+    @property
     def keeps_all(self) -> bool:
         """Whether nothing is asked for that would drop a token or scale a picture."""
         sizes = self.min_pixels, self.max_pixels, self.max_tiles
-        keeps = self.tokens is self.total_tokens is None and self.ratio in (None, 1.0)
-        return keeps and sizes == (None, None, None)
+        return self.drops_nothing and sizes == (None, None, None)
 
     def over(self, base: "PruningPlan") -> "PruningPlan":
         """This wish, with `base` deciding what it leaves open. The budget counts as one knob.
@@ -266,9 +272,18 @@ class PruningPlan:
         )
 
 
+class Plans(NamedTuple):
+    """What a request wishes, one plan a picture and one a video, each in order."""
+
+    pictures: Sequence[PruningPlan]
+    videos: Sequence[PruningPlan]
+
+
 KNOBS: Final = tuple(one.name for one in fields(PruningPlan) if one.name != "of_operator")
 """Every field of a `hiprune` object."""
 FULL: Final = PruningPlan(ratio=1.0)
+NO_PLAN: Final = PruningPlan(of_operator=True)
+"""Of an operator who says nothing."""
 
 
 def resolve_all(

@@ -26,7 +26,7 @@ from hiprune_server.operations.config import (
 )
 from hiprune_server.wishes.details import PRESETS
 from hiprune_vllm.facade import WORKER_EXTENSION
-from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS
+from hiprune_vllm.plan import FIELD, LIMITS, NO_LIMITS, OF_VIDEOS
 
 ENDPOINT_PLUGIN = "hiprune_api"
 GENERAL_PLUGIN = "hiprune"
@@ -316,6 +316,8 @@ def serve(flags: Sequence[str], config: Config, defaults: Mapping[str, Any]) -> 
     engine_wide: dict[str, Any] = {}
     if prunes and config["default"]:
         engine_wide[FIELD] = config["default"]
+    if prunes and config["default_video"]:
+        engine_wide[OF_VIDEOS] = config["default_video"]
     if prunes and config.limits != NO_LIMITS:
         engine_wide[LIMITS] = asdict(config.limits)
     kwargs = dict(args.mm_processor_kwargs or {})

@@ -182,6 +182,8 @@ def _number(text: str) -> object:
 
 SETTINGS: Final = (
     Setting("default", "JSON", "plan of requests that ask for nothing", _plan, _json, {}),
+    Setting("default_video", "JSON", "plan of videos whose request asks for nothing; none: whole",
+            _plan, _json, {}),
     Setting("presets.low", "JSON", 'plan of an image with detail "low"', _plan, _json,
             {"ratio": 0.111}),
     Setting("presets.high", "JSON", 'plan of an image with detail "high"', _plan, _json,

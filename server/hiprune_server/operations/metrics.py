@@ -40,11 +40,23 @@ REASONS: Final = (
 IMAGES: Final = Counter(
     "hiprune_images", "Pictures of chat requests, by what chose their tokens.", ["method", "source"]
 )
-FULL: Final = Counter("hiprune_visual_tokens_full", "Visual tokens that the pictures have.")
-KEPT: Final = Counter("hiprune_visual_tokens_kept", "Visual tokens that were kept of them.")
+VIDEOS: Final = Counter(
+    "hiprune_videos",
+    "Videos of chat requests with a budget for one, by what chose their tokens.",
+    ["method", "source"],
+)
+FULL: Final = Counter(
+    "hiprune_visual_tokens_full", "Visual tokens that pictures and such videos have.", ["kind"]
+)
+KEPT: Final = Counter(
+    "hiprune_visual_tokens_kept", "Visual tokens that were kept of them.", ["kind"]
+)
+IMAGE, VIDEO = "image", "video"
+for _counter in (FULL, KEPT):
+    _counter.labels(IMAGE)  # there from the start
 RATIO: Final = Histogram(
     "hiprune_kept_ratio",
-    "Kept share of a picture's visual tokens.",
+    "Kept share of the visual tokens of a picture or video.",
     buckets=(0.01, 0.02, 0.05, 0.1, 0.125, 0.2, 0.25, 0.34, 0.5, 0.75, 0.999, 1.0),
 )
 FIRST_TOKEN: Final = Histogram(
@@ -60,13 +72,15 @@ for _reason in REASONS:
     REJECTED.labels(_reason)  # there from the start, so that a rate can be taken
 
 
-def count_images(images: Sequence[Mapping[str, Any]]) -> None:
-    """Counts what an answer reports about its pictures (`hiprune.images`)."""
-    for image in images:
-        full, kept = image["tokens_full"], image["tokens_kept"]
-        IMAGES.labels(image["method"], image["source"]).inc()
-        FULL.inc(full)
-        KEPT.inc(kept)
+def count_items(items: Sequence[Mapping[str, Any]]) -> None:
+    """Counts what an answer reports about its pictures and videos."""
+    for item in items:
+        kind = item.get("kind", IMAGE)
+        full, kept = item["tokens_full"], item["tokens_kept"]
+        counter = VIDEOS if kind == VIDEO else IMAGES
+        counter.labels(item["method"], item["source"]).inc()
+        FULL.labels(kind).inc(full)
+        KEPT.labels(kind).inc(kept)
         RATIO.observe(kept / full)
 
 

@@ -41,7 +41,7 @@ def pruned(handler: Any, plain: Any, cls: Any, renderer: PrunedRenderer) -> Any:
 def _reported() -> Images | None:
     """The pictures of the request at hand, as its answer reports them."""
     report = report_of.get()
-    return None if report is None else report.images
+    return None if report is None else report.items
 
 
 def answered(outputs: Any) -> tuple[Any, Report | None]:
@@ -52,10 +52,10 @@ def answered(outputs: Any) -> tuple[Any, Report | None]:
     """
     # Read here, in the request's own context: a stream may be consumed in another one.
     report = report_of.get()
-    if report is None or not report.images:
+    if report is None or not report.items:
         return outputs, report
-    metrics.count_images(report.images)
-    return metrics.timed(outputs, report.images), report
+    metrics.count_items(report.items)
+    return metrics.timed(outputs, report.items), report
 
 
 class PrunedChat(OpenAIServingChat):
@@ -165,7 +165,7 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
         usage = PrunedUsage(**dict(answer.usage), prompt_tokens_details=dict(report.media))
         told = PrunedMessagesResponse.model_construct(**answer.__dict__ | {"usage": usage})
         if report.images is not None:
-            told.hiprune = {"images": report.images}
+            told.hiprune = report.told
         return told
 
     def message_stream_converter(

@@ -51,6 +51,7 @@ from hiprune_vllm.plan import (
     FULL,
     LIMITS,
     NO_LIMITS,
+    OF_VIDEOS,
     Encoder,
     PlanError,
     PruningPlan,
@@ -160,6 +161,8 @@ def check_engine_wide(config: Config, args: argparse.Namespace) -> None:
     wanted: dict[str, object] = {}
     if config["default"]:
         wanted[FIELD] = config["default"]
+    if config["default_video"]:
+        wanted[OF_VIDEOS] = config["default_video"]
     if config.limits != NO_LIMITS:
         wanted[LIMITS] = {
             name: value
@@ -239,6 +242,10 @@ async def describe(raw_request: Request) -> dict[str, Any]:
         "about": pruning.about.to_dict() if pruning.about else None,
         "encoder": {"output_layer": encoder.output_layer, "has_cls": encoder.has_cls},
         "default": default.to_dict(),
+        "videos": {
+            "supported": pruning.videos,
+            "default": pruning.of_videos.over(FULL).to_dict(),
+        },
         "presets": {
             detail: plan.to_dict() for detail, plan in raw_request.app.state.hiprune_presets.items()
         },

@@ -18,10 +18,11 @@ WHOLE: Final = (
 """Request schemas with a plan for all their images."""
 PARTS: Final = (
     "ChatCompletionContentPartImageParam",
+    "ChatCompletionContentPartVideoParam",
     "ResponseInputImageParam",
     "AnthropicContentBlock",
 )
-"""Schemas of image parts with a plan of their own."""
+"""Schemas of image and video parts with a plan of their own."""
 ANSWERS: Final = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 
 _COUNT: Final = {"type": "integer", "minimum": 1}
@@ -30,6 +31,12 @@ _OF_IMAGE: Final[dict[str, Any]] = {
     "tokens_kept": _COUNT,
     "method": {"type": "string"},
     "source": {"enum": ["image", "detail", "request", "default"]},
+}
+_OF_VIDEO: Final = {
+    "kind": {"const": "video"},
+    "frames": _COUNT,
+    **_OF_IMAGE,
+    "source": {"enum": ["video", "request", "default"]},
 }
 _GIVEN: Final = {"type": "object", "required": list(_OF_IMAGE), "properties": _OF_IMAGE}
 _NUMBERS: Final = {"type": "array", "items": {"type": "number"}}
@@ -94,7 +101,17 @@ def extend(document: dict[str, Any], encoder: Encoder, limits: Limits = NO_LIMIT
     schemas["HiPruneReport"] = {
         "type": "object",
         "required": ["images"],
-        "properties": {"images": {"type": "array", "items": _GIVEN}},
+        "properties": {
+            "images": {"type": "array", "items": _GIVEN},
+            "videos": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["kind", *_OF_IMAGE],
+                    "properties": _OF_VIDEO,
+                },
+            },
+        },
     }
     schemas["HiPruneExplanation"] = _EXPLAINED
     for names, kind in ((WHOLE, "HiPrunePlan"), (PARTS, "HiPruneImagePlan")):

@@ -1,6 +1,6 @@
 """Where every route's messages become a prompt: here a request's wishes meet the processor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,12 +18,13 @@ from hiprune_server.routes.report import MEDIA, Report, media_tokens, report_of
 from hiprune_server.wishes.messages import (
     ImageWish,
     Presets,
+    Taken,
     Wishes,
     check_arrived,
     take_image_wishes,
 )
-from hiprune_vllm.facade import Pruning, reports
-from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, PruningPlan
+from hiprune_vllm.facade import PictureReport, Pruning, reports
+from hiprune_vllm.plan import FIELD, PicturesLeftOut, PlanError, Plans, PruningPlan
 
 pictures_sent: ContextVar[Mapping[str, str] | None] = ContextVar("hiprune_pictures", default=None)
 """Marks and paths of the pictures in the request at hand, on routes that `wishes.tag` is for."""
@@ -89,9 +90,10 @@ class PrunedRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self._trust_request,
         )
         try:
-            plain, of_images, arrived = take_image_wishes(messages, self._pruning, self._presets)
-            check_arrived(pictures_sent.get() or {}, arrived)
-            wishes, options = self._wishes(request, given or {}, of_images)
+            taken = take_image_wishes(messages, self._pruning, self._presets)
+            check_arrived(pictures_sent.get() or {}, taken.arrived)
+            wishes, options = self._wishes(request, given or {}, taken)
+            plain = taken.plain
         except PlanError as error:
             raise refused(error) from error
         field = "input" if hasattr(request, "input") else "messages"
@@ -123,37 +125,56 @@ class PrunedRenderer(OnlineRenderer):
             raise
         for inputs in result[1]:
             inputs[AGAIN] = again
-        pictures = [image for inputs in result[1] for image in reports(inputs)]
+        told = [report for inputs in result[1] for report in reports(inputs)]
         images = [
-            {key: report[key] for key in ("tokens_full", "tokens_kept", "method")}
-            | {"source": wishes.source(i)}
-            for i, report in enumerate(pictures)
+            {**_counted(report), "source": wishes.source(i)}
+            for i, report in enumerate(one for one in told if one["kind"] == "image")
+        ]
+        videos = [
+            {
+                "kind": "video",
+                **({} if report["frames"] is None else {"frames": report["frames"]}),
+                **_counted(report),
+                "source": wishes.source_of_video(i),
+            }
+            for i, report in enumerate(one for one in told if one["kind"] == "video")
         ]
         media = [media_tokens(inputs) for inputs in result[1]]
         report_of.set(
             Report(
-                images if images or wishes.asked else None,
+                images if images or videos or wishes.asked else None,
                 {name: sum(one[name] for one in media) for name in MEDIA},
+                videos,
             )
         )
         return result
 
     def _wishes(
-        self, request: Any, options: dict[str, Any], of_images: Sequence[ImageWish]
+        self, request: Any, options: dict[str, Any], taken: Taken
     ) -> tuple[Wishes, dict[str, Any]]:
         """All that a request asks for, and the processor options that say so."""
+        of_images, of_videos = taken.wishes, taken.of_videos
         top = FIELD in request.model_fields_set
-        asked = top or any(wish.own is not None for wish in of_images)
+        asked = top or any(wish.own is not None for wish in (*of_images, *of_videos))
         detailed = any(wish.detail is not None for wish in of_images)
         if asked and FIELD in options:
             raise PlanError(FIELD, "must be given once, got it in mm_processor_kwargs too")
         if not asked and not detailed:
             value = options.get(FIELD, {})
             whole = self._pruning.parse(value) if isinstance(value, dict) and value else None
-            return Wishes(False, whole or PruningPlan(), of_images), options
+            return Wishes(False, whole or PruningPlan(), of_images, of_videos), options
         if detailed and FIELD in options:
             raise PlanError(f"mm_processor_kwargs.{FIELD}", "must not meet an image's detail")
         whole = self._pruning.parse(getattr(request, FIELD)) if top else PruningPlan()
-        plans = [wish.over(whole) for wish in of_images]
-        uniform = all(wish == ImageWish() for wish in of_images)
-        return Wishes(True, whole, of_images), {**options, FIELD: whole if uniform else plans}
+        plans = Plans(*([wish.over(whole) for wish in own] for own in (of_images, of_videos)))
+        uniform = all(wish == ImageWish() for wish in (*of_images, *of_videos))
+        wishes = Wishes(True, whole, of_images, of_videos)
+        return wishes, {**options, FIELD: whole if uniform else plans}
+
+
+def _counted(report: PictureReport) -> dict[str, str | int]:
+    return {
+        "tokens_full": report["tokens_full"],
+        "tokens_kept": report["tokens_kept"],
+        "method": report["method"],
+    }

@@ -1,7 +1,7 @@
 """What an answer says of its pictures: the `hiprune` report, and their share of the prompt."""
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,7 +10,8 @@ from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo
 
 from hiprune_vllm.plan import FIELD
 
-Images = list[dict[str, Any]]
+Item = dict[str, Any]
+Images = list[Item]
 
 MEDIA: Final = {"image_tokens": ("image", "vision_chunk"), "video_tokens": ("video",)}
 """Names among the details of a prompt's tokens -> what vLLM calls such items."""
@@ -23,10 +24,22 @@ class Report:
     Attributes:
         images: of the `hiprune` object; None where the request has no images and asked nothing.
         media: tokens of the prompt that are pictures and videos, as they are kept.
+        videos: of the `hiprune` object, where some are pruned.
     """
 
     images: Images | None
     media: Mapping[str, int]
+    videos: Sequence[Item] = ()
+
+    @property
+    def told(self) -> Item:
+        """The `hiprune` object of the answer."""
+        return {"images": self.images} | ({"videos": [*self.videos]} if self.videos else {})
+
+    @property
+    def items(self) -> Images:
+        """Pictures and videos, for whoever counts."""
+        return [*(self.images or ()), *self.videos]
 
     def on_usage(self, usage: Any) -> None:
         """Adds the details to the usage of a chat or a Responses answer (vLLM's models)."""
@@ -43,10 +56,10 @@ class Report:
     def on_response(self, response: Any) -> None:
         """Adds all to an answer (vLLM's models)."""
         if self.images is not None:
-            setattr(response, FIELD, {"images": self.images})
+            setattr(response, FIELD, self.told)
         self.on_usage(response.usage)
 
-    def in_usage(self, usage: dict[str, Any]) -> None:
+    def in_usage(self, usage: Item) -> None:
         """Adds the details to a usage as JSON has it."""
         known = usage.get("prompt_tokens_details") or {}
         usage["prompt_tokens_details"] = {**known, **self.media}
@@ -95,7 +108,7 @@ def _on_event(event: str, report: Report, within: str | None, first: bool) -> st
     if not isinstance(body, dict):
         return event
     if first and ("choices" if within is None else within) in body and report.images is not None:
-        (body if within is None else body[within])[FIELD] = {"images": report.images}
+        (body if within is None else body[within])[FIELD] = report.told
     for place in (body, body.get(within) if within is not None else None):
         if isinstance(place, dict) and isinstance(place.get("usage"), dict):
             report.in_usage(place["usage"])

@@ -1,4 +1,4 @@
-"""What a request wishes for its pictures: read from the request, part by part."""
+"""What a request wishes for its pictures and videos: read from the request, part by part."""
 
 import json
 import secrets
@@ -17,6 +17,8 @@ Presets = Mapping[str, PruningPlan]
 IMAGE_PARTS: Final = ("image_url", "input_image", "image_pil", "image_embeds")
 """Content parts that vLLM reads as an image: their `type`, or a key where that is missing."""
 
+VIDEO_PART: Final = "video_url"
+
 _TAG: Final = f"#{FIELD}-{secrets.token_hex(16)}-"
 """Begins a wish behind a URL; nobody outside of this process can write it."""
 
@@ -34,17 +36,25 @@ class ImageWish(NamedTuple):
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a request asked for: whether at all, for all images, and for each of them."""
+    """What a request asked for: whether at all, for all of it, for each image and each video."""
 
     asked: bool
     whole: PruningPlan
     of_images: Sequence[ImageWish]
+    of_videos: Sequence[ImageWish] = ()
 
     def source(self, index: int) -> str:
         """Who decided the budget of an image."""
-        wish = self.of_images[index] if index < len(self.of_images) else ImageWish()
+        return self._source(self.of_images, index, "image")
+
+    def source_of_video(self, index: int) -> str:
+        """Who decided the budget of a video."""
+        return self._source(self.of_videos, index, "video")
+
+    def _source(self, wishes: Sequence[ImageWish], index: int, own: str) -> str:
+        wish = wishes[index] if index < len(wishes) else ImageWish()
         if wish.own is not None and wish.own.has_budget:
-            return "image"
+            return own
         if wish.detail is not None and wish.detail.has_budget:
             return "detail"
         return "request" if self.whole.has_budget else "default"
@@ -55,16 +65,17 @@ class Taken(NamedTuple):
 
     plain: list[Any]
     wishes: list[ImageWish]  # one an image, in order
+    of_videos: list[ImageWish]
     arrived: set[str]  # marks of the pictures that `tag` has marked
 
 
 def take_image_wishes(messages: Sequence[Any], pruning: Pruning, presets: Presets) -> Taken:
-    """Reads the `hiprune` objects of the image parts of chat messages.
+    """Reads the `hiprune` objects of the image and video parts of chat messages.
 
     Raises:
         PlanError: an object or a `detail` is invalid, or stands where it has no effect.
     """
-    taken = Taken([], [], set())
+    taken = Taken([], [], [], set())
     for m, message in enumerate(messages):
         taken.plain.append(message)
         if not isinstance(message, dict):
@@ -80,10 +91,14 @@ def take_image_wishes(messages: Sequence[Any], pruning: Pruning, presets: Preset
             dump = getattr(part, "model_dump", None)
             part = part if dump is None else dump(exclude_none=True)  # noqa: PLW2901
             name = f"messages[{m}].content[{p}]"
-            part, wish = _take(part, name, pruning, presets, taken.arrived)  # noqa: PLW2901
+            if is_video(part):
+                part, of_video = _take_video(part, name, pruning)  # noqa: PLW2901
+                taken.of_videos.append(of_video)
+            else:
+                part, wish = _take(part, name, pruning, presets, taken.arrived)  # noqa: PLW2901
+                if wish is not None:
+                    taken.wishes.append(wish)
             without.append(part)
-            if wish is not None:
-                taken.wishes.append(wish)
         taken.plain[-1] = {**message, "content": without}
     return taken
 
@@ -96,7 +111,9 @@ def _take(
         return part, None
     if not is_picture(part):
         if FIELD in part:
-            raise PlanError(f"{name}.{FIELD}", "must stand in an image part, this part is none")
+            raise PlanError(
+                f"{name}.{FIELD}", "must stand in an image or video part, this part is none"
+            )
         return part, None
     preset = _preset(part, name, presets)
     part, where, value = _untagged(part, f"{name}.{FIELD}", arrived)
@@ -106,15 +123,33 @@ def _take(
     return {key: one for key, one in part.items() if key != FIELD}, ImageWish(own, preset)
 
 
-def is_picture(part: Any) -> bool:
+def _take_video(
+    part: dict[str, Any], name: str, pruning: Pruning
+) -> tuple[dict[str, Any], ImageWish]:
+    """A part without its wish, and the wish. `detail` has no meaning for a video."""
+    if FIELD not in part:
+        return part, ImageWish()
+    own = pruning.parse(part[FIELD], name=f"{name}.{FIELD}", for_one_image=True)
+    pruning.check_of_video(own, f"{name}.{FIELD}")
+    return {key: one for key, one in part.items() if key != FIELD}, ImageWish(own)
+
+
+def is_video(part: object) -> bool:
+    """Whether vLLM reads a part as a video: as for `is_picture`."""
+    return isinstance(part, dict) and _of_kind(part, (VIDEO_PART,))
+
+
+def is_picture(part: object) -> bool:
     """Whether vLLM reads a part as a picture: by its type, or by its keys where it has none.
 
     Where a part has a `uuid` its type is not looked at either.
     """
-    if not isinstance(part, dict):
-        return False
+    return isinstance(part, dict) and _of_kind(part, IMAGE_PARTS)
+
+
+def _of_kind(part: Mapping[str, object], kinds: Sequence[str]) -> bool:
     kind = part.get("type") if part.get("uuid") is None else None
-    return kind in IMAGE_PARTS or (kind is None and any(key in part for key in IMAGE_PARTS))
+    return kind in kinds or (kind is None and any(key in part for key in kinds))
 
 
 def _preset(part: dict[str, Any], name: str, presets: Presets) -> PruningPlan | None:

@@ -142,10 +142,11 @@ def _count(
     return decode(prompt).count(decode(list(target)))
 
 
-def not_at_hand(index: int) -> VLLMValidationError:
-    """The refusal of a picture that is named by its `uuid` alone and not there any more."""
+def not_at_hand(index: int, kind: str = "image") -> VLLMValidationError:
+    """The refusal of an item that is named by its `uuid` alone and not there any more."""
+    what = "video" if kind == "video" else "image"
     return VLLMValidationError(
-        f"image {index} is named by its uuid alone, but the server does not have it (any more) "
-        "with this budget: send the picture itself again",
+        f"{what} {index} is named by its uuid alone, but the server does not have it (any more) "
+        f"with this budget: send the {'picture' if what == 'image' else what} itself again",
         parameter="uuid",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from cachetools import LRUCache
 from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, VideoProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from hiprune_vllm.engine.checks import not_at_hand
@@ -34,6 +35,25 @@ class KnownImages:
         """Tokens of an image that is at hand (`counted`) or was seen. Raises otherwise."""
         found = counted() if images.get(index) is not None else None
         return self._noted(self._counts, identity, found, index)
+
+    def likely(
+        self, videos: VideoProcessorItems, index: int, identity: str, guessed: Callable[[], int]
+    ) -> TokenCount:
+        """Tokens of a video that was seen, or is at hand and likely has as many as `guessed`."""
+        with self._lock:
+            found = self._counts.get(identity)
+        if found is not None:
+            return found
+
+        def counted() -> TokenCount:
+            count = guessed()
+            return TokenCount(count, count)
+
+        return self.count(videos, index, identity, counted)
+
+    def correct(self, identity: str, count: int) -> None:
+        """Notes what was made of a video."""
+        self._noted(self._counts, identity, TokenCount(count, count), 0)
 
     def seeds(
         self, plain: ProcessorInputs, modality: str, identities: Sequence[str], algorithm: Any
@@ -103,7 +123,7 @@ def all_at_hand(inputs: ProcessorInputs, modality: str) -> None:
     images = inputs.mm_data_items.get(modality, ())
     for i in range(len(images)):
         if images.get(i) is None:
-            raise not_at_hand(i)
+            raise not_at_hand(i, modality)
 
 
 def with_budget(
@@ -151,9 +171,12 @@ class CachedProcessing(BaseMultiModalProcessor):
     def _get_cache_missing_items(
         self, cache: Any, mm_data_items: Any, mm_hashes: Mapping[str, list[str]]
     ) -> Any:
-        for i, known in enumerate(cache.is_cached(mm_hashes.get(self.modality, []))):
-            if not known and mm_data_items[self.modality].get(i) is None:
-                raise not_at_hand(i)
+        for kind, items in mm_data_items.items():
+            if isinstance(items, EmbeddingItems | DictEmbeddingItems):
+                continue
+            for i, known in enumerate(cache.is_cached(mm_hashes.get(kind, []))):
+                if not known and items.get(i) is None:
+                    raise not_at_hand(i, kind)
         return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
@@ -161,7 +184,8 @@ class CachedProcessing(BaseMultiModalProcessor):
         try:
             return super()._cached_apply_hf_processor(inputs, timing_ctx)
         except _PushedOut:
-            all_at_hand(inputs, self.modality)
+            for kind in inputs.mm_data_items:
+                all_at_hand(inputs, kind)
             return self._apply_hf_processor(inputs, timing_ctx)
 
     def _merge_mm_kwargs(self, *args: Any, **kwargs: Any) -> Any:

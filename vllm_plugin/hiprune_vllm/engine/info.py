@@ -13,6 +13,8 @@ from hiprune_vllm.plan import (
     FIELD,
     LIMITS,
     NO_LIMITS,
+    NO_PLAN,
+    OF_VIDEOS,
     SIZES,
     About,
     Encoder,
@@ -32,6 +34,7 @@ class PruningInfo:
         encoder: what the checkpoint's encoder allows; None where it cannot be pruned.
         unsupported: why it cannot, empty otherwise.
         default: engine-wide plan (`--mm-processor-kwargs '{"hiprune": {...}}'`).
+        of_videos: the same for videos (`--mm-processor-kwargs '{"hiprune_videos": {...}}'`).
         limits: the operator's (`--mm-processor-kwargs '{"hiprune_limits": {...}}'`).
         pixels: least and most that a picture is scaled to if nobody says anything, where its size
             is free.
@@ -42,12 +45,18 @@ class PruningInfo:
     unsupported: str
     default: PruningPlan
     limits: Limits = NO_LIMITS
+    of_videos: PruningPlan = NO_PLAN
     pixels: tuple[int, int] | None = None
 
     @property
     def about(self) -> About:
         """What somebody who chooses a budget should know of the family."""
         return self.family.about
+
+    @property
+    def videos(self) -> bool:
+        """Whether videos can be pruned."""
+        return self.family.videos
 
     def within(self, pixels: tuple[int, int] | None) -> "PruningInfo":
         """The same for a checkpoint whose pictures have that many pixels.
@@ -88,6 +97,19 @@ class PruningInfo:
         self.limits.check(plan, name)
         return plan
 
+    def of_operator(self, wish: object, name: str) -> PruningPlan:
+        """An engine-wide plan. Raises `PlanError`."""
+        plan = self.parse(wish, name=f"mm_processor_kwargs.{name}", for_one_image=True)
+        return replace(plan, of_operator=True)
+
+    def check_of_video(self, plan: PruningPlan, name: str = FIELD) -> None:
+        """Refuses a plan that is for a video alone and cannot be. Raises `PlanError`."""
+        if not self.family.videos:
+            raise PlanError(name, "must be left out: videos of this model stay whole")
+        for knob in (*SIZES, "max_tiles"):
+            if getattr(plan, knob) is not None:
+                raise PlanError(f"{name}.{knob}", "must be left out: videos keep their size")
+
 
 if TYPE_CHECKING:
 
@@ -120,19 +142,22 @@ def split_context(
     """
     given = ctx.model_config.get_multimodal_config().mm_processor_kwargs or {}
     family = family.of(ctx.model_config.hf_config)
-    wish, limits = given.get(FIELD), given.get(LIMITS)
+    limits = given.get(LIMITS)
     try:
         encoder, unsupported = family.encoder(ctx.model_config.hf_config), ""
     except UnsupportedCheckpoint as error:
         encoder, unsupported = None, str(error)
-    info = PruningInfo(family, encoder, unsupported, PruningPlan(of_operator=True))
+    info = PruningInfo(family, encoder, unsupported, NO_PLAN)
     try:
-        if wish is not None:
-            default = info.parse(wish, name=f"mm_processor_kwargs.{FIELD}", for_one_image=True)
-            info = replace(info, default=replace(default, of_operator=True))
+        if (wish := given.get(FIELD)) is not None:
+            info = replace(info, default=info.of_operator(wish, FIELD))
+        if (wish := given.get(OF_VIDEOS)) is not None:
+            plan = info.of_operator(wish, OF_VIDEOS)
+            info.check_of_video(plan, f"mm_processor_kwargs.{OF_VIDEOS}")
+            info = replace(info, of_videos=plan)
         if limits is not None:
             info = replace(info, limits=Limits(**limits))
     except (PlanError, TypeError) as error:
         # vLLM takes a ValueError here for "has no images" and starts without them.
         raise RuntimeError(str(error)) from error
-    return without_options(ctx, (FIELD, LIMITS)), info
+    return without_options(ctx, (FIELD, OF_VIDEOS, LIMITS)), info

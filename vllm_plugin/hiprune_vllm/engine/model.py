@@ -1,6 +1,6 @@
 """The worker's side: a model class that hands pruned batches to its family's adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from vllm.distributed import (
 from hiprune_vllm.engine import patches
 from hiprune_vllm.engine.compat import check_engine
 from hiprune_vllm.engine.sharing import encode_shared
-from hiprune_vllm.engine.wire import BUDGET_FIELD, Key, unpack_item
+from hiprune_vllm.engine.wire import BUDGET_FIELD, BUDGET_FIELDS, Key, unpack_item
 from hiprune_vllm.models.base import SHAPE_FIELD, FamilyAdapter
 from hiprune_vllm.models.encode import check_tower, encode
 from hiprune_vllm.models.images import Encoded, Image, Selection, Trace, TracedPart
@@ -89,10 +89,10 @@ class PrunedModel(torch.nn.Module):
             run: vLLM's own, which knows nothing of budgets.
             inputs: the model's own multimodal inputs of the batch.
         """
-        rows = inputs.get(BUDGET_FIELD)
+        rows = _rows(inputs)
         if rows is not None and not all(unpack_item(row)[0].is_full for row in rows.tolist()):
             return None
-        ours = (BUDGET_FIELD, SHAPE_FIELD)
+        ours = (*BUDGET_FIELDS, SHAPE_FIELD)
         of_vllm = {name: value for name, value in inputs.items() if name not in ours}
         return self.as_sent(run(of_vllm))
 
@@ -110,7 +110,8 @@ class PrunedModel(torch.nn.Module):
             # a batch, which ends the engine.
             embed: Any = super().embed_multimodal  # type: ignore[misc]
             return [item for one in given for item in embed(image_embeds=one[None])]
-        rows: Any = kwargs.pop(BUDGET_FIELD, None)
+        rows = _rows(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in BUDGET_FIELDS}
         # The rows were kept on the CPU: reading them waits for nothing.
         items = [unpack_item(row) for row in rows.tolist()] if rows is not None else []
         if all(budget.is_full for budget, _ in items):
@@ -160,6 +161,11 @@ class PrunedModel(torch.nn.Module):
                 self._kept_before[key] = image.selection
         _note(SELECTION, SELECTION_SECONDS)
         return encoded
+
+
+def _rows(inputs: Mapping[str, Any]) -> Any:
+    """Budgets of a batch, whose items are all of one kind; None where they have none."""
+    return next((inputs[name] for name in BUDGET_FIELDS if name in inputs), None)
 
 
 def _note(clock: Stopwatch, seconds: Histogram) -> None:

@@ -21,13 +21,13 @@ POSITIONS = "hiprune_positions"
 
 
 class PrunedMRopeModel(PrunedModel):
-    """Mixin in front of a vLLM model with M-RoPE whose images are single frames.
+    """Mixin in front of a vLLM model with M-RoPE.
 
     Text positions are known before anything is encoded: text goes on where it would behind the
     whole image, pruned or not. Until a pruned image is encoded all its tokens have the image's
-    first position; with the embeddings come row and column of each token. The temporal position
-    of a still image is its first position, so it stays and is what row and column are added to:
-    writing them twice, or a part of them, does no harm.
+    first position, those of a video its slice's; with the embeddings come row and column of each
+    token, and the slice's time. The temporal position stays: without the time it is the first one,
+    which row and column are added to, so writing them twice, or a part of them, does no harm.
 
     In a pipeline the first stage alone has embeddings, so it sends the positions along with the
     hidden states, and the others take them instead of their own.
@@ -138,15 +138,16 @@ class PrunedMRopeModel(PrunedModel):
         encoded = torch.cat([item[:, width:] for item in multimodal_embeddings])
         device = mrope_positions.device
         with gpu_sync_allowed():
-            pruned, row, column = (x.to(device) for x in decode_positions(encoded))
+            pruned, row, column, time = (x.to(device) for x in decode_positions(encoded))
             ids = torch.as_tensor(input_ids, device=device)[num_computed_tokens:]
             media = ids.eq(self.config.image_token_id) | ids.eq(self.config.video_token_id)
             # The chunk's embeddings are those of the next media tokens, one by one.
             where = media.nonzero().flatten()[: len(pruned)] + num_computed_tokens
             where = where[pruned]
             mrope_positions = mrope_positions.clone()
-            mrope_positions[1, where] = mrope_positions[0, where] + row[pruned]
-            mrope_positions[2, where] = mrope_positions[0, where] + column[pruned]
+            first = mrope_positions[0, where] - time[pruned]
+            mrope_positions[1, where] = first + row[pruned]
+            mrope_positions[2, where] = first + column[pruned]
             return embeddings, mrope_positions, _delta(mrope_positions)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, VideoProcessorItems
 from vllm.multimodal.processing import (
     ProcessorInputs,
     PromptReplacement,
@@ -17,11 +17,10 @@ from vllm.multimodal.processing import (
 )
 
 from hiprune_vllm.engine import explain
+from hiprune_vllm.engine.asked import VIDEO, AskedProcessing
 from hiprune_vllm.engine.checks import (
     check_count,
-    check_embeddings,
     check_places,
-    refuse_without_tensors,
 )
 from hiprune_vllm.engine.identity import (
     CachedProcessing,
@@ -31,11 +30,11 @@ from hiprune_vllm.engine.identity import (
     of_kind,
     with_budget,
 )
-from hiprune_vllm.engine.info import PruningInfo
 from hiprune_vllm.engine.scheduling import with_size
 from hiprune_vllm.engine.sizes import SizedProcessing, of_processor, with_sizes
-from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
+from hiprune_vllm.engine.wire import BUDGET_FIELD, VIDEO_BUDGET_FIELD, pack_item
 from hiprune_vllm.models.base import SHAPE_FIELD, FamilyAdapter
+from hiprune_vllm.models.images import frames_of
 from hiprune_vllm.plan import (
     FIELD,
     FULL,
@@ -54,17 +53,26 @@ THIRD: Final = PruningPlan(ratio=1 / 3)
 
 
 class _Item(NamedTuple):
-    """One image of a request as the hooks see it.
+    """One image or video of a request as the hooks see it.
 
     Attributes:
         budget: what to keep of it.
         identity: the final one (a digest).
         sizes: what it is scaled to, where that is not the checkpoint's own.
+        known_as: by what its count of tokens is remembered.
     """
 
     budget: ImageBudget
     identity: str
     sizes: dict[str, int]
+    known_as: str
+
+
+class _Miscounted(Exception):
+    """Videos of which the processor has made another number of tokens than was guessed."""
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = counts
 
 
 @dataclass
@@ -78,33 +86,24 @@ def _without_plan(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in kwargs.items() if key != FIELD}
 
 
-def _items_of(kwargs: Mapping[str, object]) -> tuple[_Item, ...]:
-    """Resolved images in processor options; empty where the request has none."""
-    items = kwargs.get(FIELD, ())
-    assert isinstance(items, tuple)
+def _items_of(kwargs: Mapping[str, object]) -> Mapping[str, Sequence[_Item]]:
+    """By kind the resolved items in processor options; empty where the request has none."""
+    items = kwargs.get(FIELD, {})
+    assert isinstance(items, dict)
     return items
 
 
-class PrunedProcessor(SizedProcessing, CachedProcessing):
+class PrunedProcessor(AskedProcessing, SizedProcessing, CachedProcessing):
     """Mixin in front of a vLLM multimodal processor class.
 
     `apply` replaces the raw `hiprune` object (or list of objects, one an image) in the processor
-    options by a tuple of `_Item`, one an image; all other hooks see that tuple, aligned with the
-    images they get.
+    options by a list of `_Item`, one an image, and one of videos where some are pruned; all other
+    hooks see those lists, aligned with the items they get.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known = KnownImages()
-
-    @property
-    def pruning(self) -> PruningInfo:
-        pruning: PruningInfo = self.info.pruning
-        return pruning
-
-    @property
-    def modality(self) -> str:
-        return self.pruning.family.modality
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         # Memory and cache sizes are measured with the largest images, whatever the default plan.
@@ -118,77 +117,87 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
 
         It has `tokens_full`, `tokens_kept`, `method`, and the whole `plan` (a `PruningPlan`).
         """
-        images = inputs.mm_data_items.get(self.modality, [])
-        for items in inputs.mm_data_items.values():
-            if isinstance(items, EmbeddingItems | DictEmbeddingItems):
-                if items.modality == self.modality and not self.pruning.family.takes_embeddings:
-                    raise VLLMValidationError(
-                        "image_embeds cannot be served by this model; send the image itself",
-                        parameter="image_embeds",
-                    )
-                config = self.info.ctx.get_hf_config()
-                check_embeddings(items, config, self.pruning.family.width(config))
-        asked = self._plans(inputs.hf_processor_mm_kwargs, len(images))
-        plans = [plan.over(self.pruning.default) for plan in asked]
-        if isinstance(images, EmbeddingItems | DictEmbeddingItems):
-            if not all(plan.keeps_all for plan in asked):
-                raise VLLMValidationError(
-                    f"{FIELD} cannot prune image embeddings, which have left the vision encoder "
-                    "already; send the image itself",
-                    parameter=FIELD,
-                )
-            if self.pruning.encoder is not None:
-                refuse_without_tensors(images, self.info.data_parser)
-            images = []
+        asked = self._plans(inputs)
+        media = self._prunable(inputs, asked)
         encoder = self.pruning.encoder
         plain = replace(inputs, hf_processor_mm_kwargs=_without_plan(inputs.hf_processor_mm_kwargs))
-        if encoder is None or not images:
+        if encoder is None or not media:
             return super().apply(plain, *args, **kwargs)
-        plain = identify(plain, self.modality)
+        for kind in media:
+            plain = identify(plain, kind)
         hashes = {name: list(items) for name, items in self._get_mm_hashes(plain).items()}
         # The very objects that the server's own dummy pictures come with: no request has them.
         given = inputs.hf_processor_mm_kwargs.get(FIELD)
         measured = given is FULL or given is THIRD
-        sizes = [{} if measured else self.pruning.sizes(plan) for plan in plans]
-        plain = self.fitted(plain, sizes)
+        of_all = [(kind, i, plan) for kind, plans in media.items() for i, plan in enumerate(plans)]
+        sizes = [
+            {} if measured or kind == VIDEO else self.pruning.sizes(plan)
+            for kind, _, plan in of_all
+        ]
+        of_pictures = sizes[: len(media.get(self.modality, ()))]
+        plain = self.fitted(plain, of_pictures)
+        names = [
+            f"{hashes[kind][i]} {[*of_item.values()]}"
+            for (kind, i, _), of_item in zip(of_all, sizes, strict=True)
+        ]
         counts = [
-            self._count(plain, i, identity, of_image)
-            for i, (identity, of_image) in enumerate(zip(hashes[self.modality], sizes, strict=True))
+            self._count(plain, kind, i, name, of_item)
+            for (kind, i, _), name, of_item in zip(of_all, names, sizes, strict=True)
         ]
         try:
             limits = NO_LIMITS if measured else self.pruning.limits
             if not measured:
                 limits.check_images([count.full for count in counts])
-                self.check_sizes(counts, sizes)
-            budgets = resolve_all(plans, counts, encoder, limits)
+                self.check_sizes(counts[: len(of_pictures)], of_pictures)
+            budgets = resolve_all([plan for _, _, plan in of_all], counts, encoder, limits)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
-        resolved = self._resolved(plain, hashes, budgets, sizes)
-        result: Any = super().apply(resolved, *args, **kwargs)
+        of_kinds: dict[str, list[_Item]] = {kind: [] for kind in media}
+        for (kind, _, _), item in zip(of_all, zip(budgets, sizes, names, strict=True), strict=True):
+            budget, of_item, name = item
+            of_kinds[kind].append(_Item(budget, "", of_item, name))
+        try:
+            result: Any = super().apply(self._resolved(plain, hashes, of_kinds), *args, **kwargs)
+        except _Miscounted as error:
+            for name, count in error.counts.items():
+                self._known.correct(name, count)
+            return self.apply(inputs, *args, **kwargs)
         self._check(result, budgets)
         result[FIELD] = [
             {
+                "kind": VIDEO if kind == VIDEO else "image",
+                "frames": _frames(plain.mm_data_items[kind], i) if kind == VIDEO else None,
                 "tokens_full": budget.full,
                 "tokens_kept": budget.keep,
                 "method": plan.method,
                 "plan": plan,
             }
-            for plan, budget in zip(
-                [complete(plan, encoder) for plan in plans], budgets, strict=True
+            for (kind, i, plan), budget in zip(
+                [(kind, i, complete(plan, encoder)) for kind, i, plan in of_all],
+                budgets,
+                strict=True,
             )
         ]
         return result
 
     def _count(
-        self, plain: ProcessorInputs, index: int, identity: str, sizes: Mapping[str, int]
+        self,
+        plain: ProcessorInputs,
+        kind: str,
+        index: int,
+        known_as: str,
+        sizes: Mapping[str, int],
     ) -> TokenCount:
-        """Tokens of an image that is scaled as `sizes` say, or was before under this identity."""
-        images = plain.mm_data_items[self.modality]
-        own = of_processor(sizes, self.pruning.family.frames)
+        """Tokens of an image that is scaled as `sizes` say, or was before; of a video likewise."""
+        items, family = plain.mm_data_items[kind], self.pruning.family
+        if kind == VIDEO:
+            guessed = partial(family.video_tokens, self.info, items, index)
+            return self._known.likely(items, index, known_as, guessed)
+        own = of_processor(sizes, family.frames)
         options = with_sizes(plain.hf_processor_mm_kwargs, own)
         info = self.unsized.info if own else self.info
-        counted = partial(self.pruning.family.tokens, info, images, index, options)
-        return self._known.count(images, index, f"{identity} {[*sizes.values()]}", counted)
+        counted = partial(family.tokens, info, items, index, options)
+        return self._known.count(items, index, known_as, counted)
 
     async def explain(self, engine_client: Any, inputs: Any) -> list[dict[str, Any]]:
         """Which tokens of a prompt's only image stay and why; see `engine.explain`."""
@@ -198,24 +207,6 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         """A prompt's only image as the encoder sees it; see `engine.explain`."""
         return explain.views(self.info, inputs)
 
-    def _plans(self, kwargs: Mapping[str, object], images: int) -> list[PruningPlan]:
-        """What a request asks for, one plan an image."""
-        wish = kwargs.get(FIELD, {})
-        if FIELD not in kwargs:
-            return [PruningPlan()] * images
-        try:
-            if not isinstance(wish, list):
-                return [self._plan(wish)] * images
-            if len(wish) != images:
-                raise PlanError(FIELD, f"must have one object an image ({images}), got {len(wish)}")
-            return [self._plan(plan, name=f"{FIELD}[{i}]") for i, plan in enumerate(wish)]
-        except PlanError as error:
-            raise VLLMValidationError(str(error), parameter=error.field) from error
-
-    def _plan(self, wish: object, *, name: str = FIELD) -> PruningPlan:
-        """A plan, checked, as the server's own routes hand it over, or an object to read."""
-        return wish if isinstance(wish, PruningPlan) else self.pruning.parse(wish, name=name)
-
     def _check(self, result: Any, budgets: Sequence[ImageBudget]) -> None:
         """Refuses a prompt that a family cannot serve with these budgets; most can serve all."""
 
@@ -223,32 +214,33 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         self,
         plain: ProcessorInputs,
         hashes: dict[str, list[str]],
-        budgets: Sequence[ImageBudget],
-        sizes: Sequence[dict[str, int]],
+        of_kinds: Mapping[str, Sequence[_Item]],
     ) -> _ResolvedInputs:
-        """Puts budgets and sizes into the options and into every image's identity."""
+        """Puts budgets and sizes into the options and into every item's identity."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        identities = hashes[self.modality]
-        seeds = [0] * len(identities)
-        if any(budget.method == "random" for budget in budgets):
-            seeds = self._known.seeds(plain, self.modality, identities, algorithm)
-        seeded = [with_seed(*pair) for pair in zip(budgets, seeds, strict=True)]
-        items = [
-            _Item(budget, with_budget(identity, name, budget, of_image, algorithm), of_image)
-            for identity, name, budget, of_image in zip(
-                identities, names(plain, self.modality), seeded, sizes, strict=True
-            )
-        ]
+        resolved: dict[str, list[_Item]] = {}
+        for kind, items in of_kinds.items():
+            seeds = [0] * len(items)
+            if any(item.budget.method == "random" for item in items):
+                seeds = self._known.seeds(plain, kind, hashes[kind], algorithm)
+            resolved[kind] = []
+            for item, seed, base, name in zip(
+                items, seeds, hashes[kind], names(plain, kind), strict=True
+            ):
+                budget = with_seed(item.budget, seed)
+                identity = with_budget(base, name, budget, item.sizes, algorithm)
+                resolved[kind].append(item._replace(budget=budget, identity=identity))
         return _ResolvedInputs(
             prompt=plain.prompt,
             mm_data_items=plain.mm_data_items,
             mm_uuid_items=plain.mm_uuid_items,
-            hf_processor_mm_kwargs={**plain.hf_processor_mm_kwargs, FIELD: tuple(items)},
+            hf_processor_mm_kwargs={**plain.hf_processor_mm_kwargs, FIELD: resolved},
             media_io_kwargs=plain.media_io_kwargs,
             cache=plain.cache,
-            hashes={
-                **hashes,
-                self.modality: [with_size(item.identity, item.budget.full) for item in items],
+            hashes=hashes
+            | {
+                kind: [with_size(item.identity, item.budget.full) for item in items]
+                for kind, items in resolved.items()
             },
         )
 
@@ -284,15 +276,18 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
         kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
-        items = _items_of(kwargs)
-        if not items:
+        of_kinds = _items_of(kwargs)
+        if not of_kinds:
             return kwargs
-        cached = mm_is_cached[self.modality]
-        missing = tuple(item for item, known in zip(items, cached, strict=True) if not known)
+        missing = {
+            kind: [item for item, known in zip(items, mm_is_cached[kind], strict=True) if not known]
+            for kind, items in of_kinds.items()
+        }
         return {**kwargs, FIELD: missing}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        items, plain = _items_of(hf_kwargs), _without_plan(hf_kwargs)
+        of_kinds, plain = _items_of(hf_kwargs), _without_plan(hf_kwargs)
+        items, videos = of_kinds.get(self.modality, ()), of_kinds.get(VIDEO, ())
         sizes = [of_processor(item.sizes, self.pruning.family.frames) for item in items]
         if any(sizes):
             processed = self.scaled(mm_items, plain, sizes)
@@ -308,7 +303,23 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
                 for item, shape in zip(items, shapes, strict=True):
                     check_count(item.budget.full, family.grids(config, shape))
                 processed[SHAPE_FIELD] = torch.tensor(shapes, dtype=torch.int64)
+        if videos:
+            self._sliced(videos, processed)
         return processed
+
+    def _sliced(self, videos: Sequence[_Item], processed: Any) -> None:
+        """Adds the budgets of videos. Raises `_Miscounted` where they are of other counts."""
+        made = self.pruning.family.video_slices(self.info.get_hf_config(), processed)
+        pairs = list(zip(videos, made, strict=True))
+        counts = {
+            item.known_as: slices * each
+            for item, (slices, each) in pairs
+            if slices * each != item.budget.full
+        }
+        if counts:
+            raise _Miscounted(counts)
+        rows = [pack_item(item.budget, item.identity, slices) for item, (slices, _) in pairs]
+        processed[VIDEO_BUDGET_FIELD] = torch.tensor(rows, dtype=torch.int64)
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
@@ -317,6 +328,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
             **super()._get_mm_fields_config(hf_inputs, _without_plan(hf_processor_mm_kwargs)),
             BUDGET_FIELD: MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True),
             SHAPE_FIELD: MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True),
+            VIDEO_BUDGET_FIELD: MultiModalFieldConfig.batched(VIDEO, keep_on_cpu=True),
         }
 
     def _get_prompt_updates(
@@ -327,10 +339,11 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
             hf_processor_mm_kwargs=_without_plan(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        budgets = [item.budget for item in _items_of(hf_processor_mm_kwargs)]
+        of_kinds = _items_of(hf_processor_mm_kwargs)
+        budgets = {kind: [item.budget for item in items] for kind, items in of_kinds.items()}
         return [
-            _pruned_update(update, budgets, self.pruning.family)
-            if budgets and update.modality == self.modality
+            _pruned_update(update, budgets[update.modality], self.pruning.family)
+            if budgets.get(update.modality)
             else update
             for update in updates
         ]
@@ -339,7 +352,7 @@ class PrunedProcessor(SizedProcessing, CachedProcessing):
 def _pruned_update(
     update: PromptUpdate, budgets: Sequence[ImageBudget], family: FamilyAdapter
 ) -> PromptUpdate:
-    """vLLM's own replacement of one image's placeholder, cut to the tokens that stay."""
+    """vLLM's own replacement of one item's placeholder, cut to the tokens that stay."""
     if not isinstance(update, PromptReplacement):
         raise RuntimeError(f"version drift: expected PromptReplacement, got {type(update)}")
 
@@ -357,3 +370,9 @@ def _pruned_update(
         return PromptUpdateDetails(family.placeholder(tokens, embeds, budget.keep), stock.is_embed)
 
     return replace(update, replacement=replacement)
+
+
+def _frames(videos: VideoProcessorItems, index: int) -> int | None:
+    """Frames of a video; None for one that is known by its name alone."""
+    video = videos.get(index)
+    return None if video is None else len(frames_of(video))

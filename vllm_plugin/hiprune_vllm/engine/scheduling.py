@@ -7,8 +7,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
-MODALITIES: Final = ("image", "vision_chunk")
-"""What vLLM calls items that have pictures among them (`FamilyAdapter.modality`)."""
+MODALITIES: Final = ("image", "vision_chunk", "video")
+"""What vLLM calls items that may be pruned (`FamilyAdapter.modality`, and videos)."""
 _MARK: Final = "-whole-"
 
 

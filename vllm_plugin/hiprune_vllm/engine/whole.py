@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
-from hiprune_vllm.engine.wire import BUDGET_FIELD, unpack_item
+from hiprune_vllm.engine.wire import BUDGET_FIELDS, slices_of, unpack_item
+from hiprune_vllm.pruning.budget import spread_evenly
 
 
 class Whole(NamedTuple):
@@ -18,15 +19,15 @@ class Whole(NamedTuple):
         tokens: of that prompt.
         media: vLLM's features, with their places in it.
         places: (tokens of the pruned prompt,) int64, where each of them stands in it; all tokens of
-            a pruned image stand at its first.
+            a pruned image stand at its first, those of a pruned video at their slice's.
     """
 
     tokens: list[int]
-    media: list[Any]
+    media: list[MultiModalFeatureSpec]
     places: np.ndarray
 
 
-def whole_prompt(tokens: Sequence[int], media: Sequence[Any]) -> Whole:
+def whole_prompt(tokens: Sequence[int], media: Sequence[MultiModalFeatureSpec]) -> Whole:
     """Puts the dropped tokens of a prompt back, behind the last one of their image that stayed.
 
     Args:
@@ -52,9 +53,9 @@ def whole_prompt(tokens: Sequence[int], media: Sequence[Any]) -> Whole:
             replace(medium, mm_position=PlaceholderRange(start, place.length + count, mask))
         )
     whole = np.repeat(np.asarray(tokens, dtype=np.int64), copies).tolist()
-    for of_medium, count in zip(embeds, counts, strict=True):
+    for medium, of_medium, count in zip(media, embeds, counts, strict=True):
         if count:
-            places[of_medium] = places[of_medium[0]]
+            places[of_medium] = places[of_medium[0]] + _slice_starts(medium)
     return Whole(whole, moved, places)
 
 
@@ -64,9 +65,28 @@ def _embeds(place: PlaceholderRange) -> np.ndarray:
     return place.offset + inside.flatten()
 
 
-def dropped(medium: Any) -> int:
+def dropped(medium: MultiModalFeatureSpec) -> int:
     """How many tokens of a medium the prompt has less than without pruning."""
-    if medium.data is None or BUDGET_FIELD not in medium.data:
+    row = _row(medium)
+    if row is None:
         return 0
-    budget, _ = unpack_item(medium.data[BUDGET_FIELD].data.tolist())
+    budget, _ = unpack_item(row)
     return budget.full - budget.keep
+
+
+def _row(medium: MultiModalFeatureSpec) -> list[int] | None:
+    """A medium's budget as it travels; None for one that has none."""
+    for name in BUDGET_FIELDS if medium.data is not None else ():
+        if name in medium.data:
+            row: list[int] = medium.data[name].data.tolist()
+            return row
+    return None
+
+
+def _slice_starts(medium: MultiModalFeatureSpec) -> np.ndarray:
+    """Of every kept token of a pruned medium, where its slice begins in the whole one, int64."""
+    row = _row(medium)
+    assert row is not None
+    (budget, _), slices = unpack_item(row), slices_of(row)
+    starts = np.arange(slices, dtype=np.int64) * (budget.full // slices)
+    return np.repeat(starts, spread_evenly(budget.keep, slices))

@@ -75,6 +75,8 @@ class Grid(NamedTuple):
         weight: what its share of a budget is in proportion to.
         tiles: grids of patches, all alike, that its tokens are interpolated from; each is a row of
             the batch. None for one whose tokens are patches of its own.
+        time: of a slice of a video, how many positions it comes later than the first; None for
+            what is no slice. Slices of a video are alike and share its budget evenly.
     """
 
     rows: int
@@ -82,6 +84,7 @@ class Grid(NamedTuple):
     region: Region | None = None
     weight: int = 1
     tiles: "Sequence[Grid]" = ()
+    time: int | None = None
 
     @property
     def inside(self) -> Region:
@@ -168,6 +171,7 @@ class FamilyAdapter(ABC):
             kept ones bring theirs along (section 4).
         frames: of a video that a picture is to the checkpoint's processor, which counts the pixels
             of all of them; where sizes are free.
+        videos: whether videos can be pruned, slice by slice.
         takes_embeddings: whether vLLM's model takes pictures that were encoded elsewhere.
         modality: what vLLM calls the items that have the pictures among them.
         misread: what of a prompt makes vLLM's processor lose the place of a picture; None where
@@ -177,6 +181,7 @@ class FamilyAdapter(ABC):
     about: ClassVar[About]
     mrope: ClassVar[bool] = False
     frames: ClassVar[int] = 1
+    videos: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = True
     modality: ClassVar[str] = "image"
     misread: ClassVar[str | None] = None
@@ -217,6 +222,20 @@ class FamilyAdapter(ABC):
 
         `options` are the processor options of the request, which may change an image's size.
         """
+
+    def video_tokens(self, info: Any, videos: Any, index: int) -> int:
+        """Visual tokens that `videos[index]` is likely to have, by the checkpoint's processor.
+
+        A guess: a request's options may change it, and what the processor makes of the video is
+        what counts (`video_slices`).
+        """
+        raise NotImplementedError
+
+    def video_slices(
+        self, hf_config: Any, inputs: Mapping[str, torch.Tensor]
+    ) -> list[tuple[int, int]]:
+        """Slices of each video, and visual tokens of each, by what the processor has made."""
+        raise NotImplementedError
 
     def placeholder(self, tokens: Sequence[int], is_embed: Sequence[bool], keep: int) -> list[int]:
         """What stands in the prompt for a pruned image; its embeddings come in prompt order.

@@ -137,7 +137,10 @@ def encode(
             tuple(piece.part for piece in of_image), tuple(piece.kept for piece in of_image)
         )
         if family.mrope:
-            where = [encode_positions(p.kept, p.grid.columns, tokens.dtype) for p in of_image]
+            where = [
+                encode_positions(p.kept, p.grid.columns, tokens.dtype, p.grid.time or 0)
+                for p in of_image
+            ]
             tokens = torch.cat([tokens, torch.cat(where)], dim=1)
         order = family.prompt_order(model.config, shape, selection)
         encoded.append(Encoded(tokens if order is None else tokens[order], selection))

@@ -13,6 +13,7 @@ class Glm4vAdapter(Qwen2VLAdapter):
     """`Glm4vForConditionalGeneration` and its mixture of experts; videos stay as they are."""
 
     name = "glm4v"
+    videos = False
     frames = 2
     about = About(
         token="2 x 2 patches, 28 x 28 pixels of the scaled picture",

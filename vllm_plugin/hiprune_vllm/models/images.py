@@ -1,12 +1,20 @@
 """An image while it is encoded: what is to be kept of it, what was, and how it was chosen."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from hiprune_vllm.pruning.budget import ImageBudget
 from hiprune_vllm.pruning.select import Region
+
+
+def frames_of(video: object) -> Any:
+    """Frames of a video as vLLM's parser has it, with what is known of it or without.
+
+    `VideoProcessorItems` does not look behind that pair when it counts.
+    """
+    return video[0] if isinstance(video, tuple) else video
 
 
 class TracedPart(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from hiprune_vllm.models.base import Batch, FamilyAdapter, Grid, Shape, Tower
 from hiprune_vllm.models.images import Image, Part, Trace
 from hiprune_vllm.models.last_block import Kept
-from hiprune_vllm.pruning.budget import ImageBudget, spread
+from hiprune_vllm.pruning.budget import ImageBudget, spread, spread_evenly
 from hiprune_vllm.pruning.select import Region
 
 
@@ -32,7 +32,10 @@ def parts_of(grids: Sequence[Grid], budget: ImageBudget) -> tuple[Part, ...]:
         return tuple(Part(i, whole.size, whole, whole.size) for i, whole in enumerate(wholes))
     regions = [grid.inside for grid in grids]
     sizes = [region.size for region in regions]
-    shares = spread(budget.keep, [grid.weight for grid in grids], sizes)
+    if grids[0].time is None:
+        shares = spread(budget.keep, [grid.weight for grid in grids], sizes)
+    else:
+        shares = spread_evenly(budget.keep, len(grids))
     return tuple(
         Part(number, grid.rows * grid.columns, region, share)
         for number, (grid, region, share) in enumerate(zip(grids, regions, shares, strict=True))

@@ -12,7 +12,7 @@ from hiprune_vllm.plan import About
 
 
 class Qwen25VLAdapter(Qwen2VLAdapter):
-    """`Qwen2_5_VLForConditionalGeneration`; videos stay as they are."""
+    """`Qwen2_5_VLForConditionalGeneration`; windows end with their slice of a video."""
 
     name = "qwen2_5_vl"
     about = About(

@@ -18,7 +18,7 @@ from hiprune_vllm.models.base import (
     object_layer_of,
     shown,
 )
-from hiprune_vllm.models.images import Part
+from hiprune_vllm.models.images import Part, frames_of
 from hiprune_vllm.plan import About, Encoder, TokenCount
 
 OF_MERGING = "half the depth: a default, not a finding"
@@ -43,7 +43,7 @@ def check_shape(size: Any) -> None:
 
 
 class Qwen2VLAdapter(FamilyAdapter):
-    """`Qwen2VLForConditionalGeneration`; videos stay as they are.
+    """`Qwen2VLForConditionalGeneration`; a video is a row of slices, two frames each.
 
     Attributes:
         name: of the family.
@@ -51,6 +51,7 @@ class Qwen2VLAdapter(FamilyAdapter):
     """
 
     mrope = True
+    videos = True
     about = About(token="2 x 2 patches, 28 x 28 pixels of the scaled picture", layer=OF_MERGING)
     name: ClassVar[str] = "qwen2_vl"
     careful_ratio: ClassVar[float | None] = None
@@ -94,10 +95,11 @@ class Qwen2VLAdapter(FamilyAdapter):
         return patches // int(hf_config.vision_config.spatial_merge_size) ** 2
 
     def grids(self, hf_config: Any, shape: Shape) -> list[Grid]:
-        """One for each frame; a picture has one."""
+        """A picture has one, a video one for each slice; its shape ends with their times."""
         merge = hf_config.vision_config.spatial_merge_size
-        frames, rows, columns = shape
-        return [Grid(rows // merge, columns // merge)] * frames
+        _, rows, columns, *times = shape
+        grid = Grid(rows // merge, columns // merge)
+        return [grid._replace(time=time) for time in times] or [grid]
 
     def tower(self, model: Any) -> Tower:
         visual = model.visual
@@ -112,18 +114,49 @@ class Qwen2VLAdapter(FamilyAdapter):
             by_row=("rotary_pos_emb_cos", "rotary_pos_emb_sin"),
         )
 
+    def video_tokens(self, info: Any, videos: Any, index: int) -> int:
+        frames, processor = frames_of(videos.get(index)), info.get_hf_processor().video_processor
+        alone = type(videos)([frames])
+        size = alone.get_frame_size(0)
+        patches = processor.get_num_of_video_patches(len(frames), size.height, size.width, {})
+        return int(patches) // int(info.get_hf_config().vision_config.spatial_merge_size) ** 2
+
+    def video_slices(
+        self, hf_config: Any, inputs: Mapping[str, torch.Tensor]
+    ) -> list[tuple[int, int]]:
+        merge = hf_config.vision_config.spatial_merge_size
+        return [
+            (slices, rows // merge * (columns // merge))
+            for slices, rows, columns in inputs["video_grid_thw"].tolist()
+        ]
+
     def batch(self, model: Any, **kwargs: object) -> Batch:
-        inputs = model._parse_and_validate_image_input(**kwargs)
-        grids = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-        return Batch(inputs["pixel_values"].split([prod(grid) for grid in grids]), grids)
+        if "video_grid_thw" in kwargs:
+            inputs = model._parse_and_validate_video_input(**kwargs)
+            grids = inputs["video_grid_thw"].tolist()
+            pixels = inputs["pixel_values_videos"]
+            seconds = inputs.get("second_per_grid_ts")
+            seconds = [1.0] * len(grids) if seconds is None else seconds.flatten().tolist()
+            pace = getattr(model.config.vision_config, "tokens_per_second", 1.0)
+            # As vLLM numbers them (`iter_mm_grid_thw`).
+            times = [
+                [int(i * (second * pace)) for i in range(grid[0])]
+                for grid, second in zip(grids, seconds, strict=True)
+            ]
+        else:
+            inputs = model._parse_and_validate_image_input(**kwargs)
+            grids, pixels = inputs["image_grid_thw"].tolist(), inputs["pixel_values"]
+            times = [[] for _ in grids]
+        shapes = [(*grid, *later) for grid, later in zip(grids, times, strict=True)]
+        return Batch(pixels.split([prod(grid) for grid in grids]), shapes)
 
     def laid_out(self, model: Any, batch: Batch) -> Batch:
-        metadata = model.visual.prepare_encoder_metadata(batch.shapes)
+        metadata = model.visual.prepare_encoder_metadata(_grids(batch))
         return batch._replace(metadata=metadata)
 
     def forward(self, model: Any, batch: Batch, parts: Sequence[Sequence[Part]]) -> torch.Tensor:
         embeddings: torch.Tensor = model.visual(
-            torch.cat(list(batch.pixels)), grid_thw=batch.shapes, encoder_metadata=batch.metadata
+            torch.cat(list(batch.pixels)), grid_thw=_grids(batch), encoder_metadata=batch.metadata
         )
         return embeddings
 
@@ -139,3 +172,8 @@ class Qwen2VLAdapter(FamilyAdapter):
         )[:, :, :, :, :, 0]  # a still image is the same frame twice
         pixels = blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, cols * patch)
         return [View(0, 0, 0, shown(pixels, mean, std))]
+
+
+def _grids(batch: Batch) -> list[list[int]]:
+    """Slices, rows and columns of patches of each picture or video."""
+    return [list(shape[:3]) for shape in batch.shapes]

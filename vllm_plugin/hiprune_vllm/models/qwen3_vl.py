@@ -11,6 +11,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """`Qwen3VLForConditionalGeneration` and its mixture of experts; videos stay as they are."""
 
     name = "qwen3_vl"
+    videos = False
     about = About(
         token="2 x 2 patches, 32 x 32 pixels of the scaled picture, so there is little to spare",
         layer=OF_MERGING,

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 NEIGHBOURS_PER_ANCHOR: Final = {"none": 0, "row": 2, "cross": 4, "square": 8}
@@ -98,9 +99,25 @@ def spread(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]
     return shares
 
 
+def spread_evenly(total: int, places: int) -> list[int]:
+    """Splits `total` over places in a row so that no stretch of them gets more than its share.
+
+    Where there are more places than `total`, those that get one lie evenly among the others.
+
+    Args:
+        total: >= 0.
+        places: >= 1.
+
+    Returns:
+        One integer a place, each `total / places` rounded up or down, adding up to `total`.
+    """
+    ends = [(2 * i * total + places) // (2 * places) for i in range(places + 1)]
+    return [stop - start for start, stop in pairwise(ends)]
+
+
 @dataclass(frozen=True, slots=True)
 class ImageBudget:
-    """Everything the worker has to know about one image: plain numbers and names.
+    """Everything the worker has to know about one image or video: plain numbers and names.
 
     Two requests that keep the same tokens for the same reason have equal budgets, whichever
     spelling asked for it, so that they share cache entries. Build one with `ImageBudget.of`.
