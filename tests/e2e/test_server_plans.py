@@ -232,7 +232,7 @@ def test_a_plan_where_it_has_no_effect_is_a_400_that_says_where_it_belongs(serve
         (
             [user({**QUESTION, "hiprune": plan}, image(CAT))],
             "messages[0].content[0].hiprune",
-            "must stand in an image part, this part is none",
+            "must stand in an image or video part, this part is none",
         ),
         (
             [user(QUESTION, image(CAT), hiprune=plan)],

@@ -51,6 +51,8 @@ def test_a_budget_in_its_place_and_the_word_in_a_text_are_handed_on(route, body)
         (CHAT, {"messages": [{"hiprune": PLAN, "content": "x"}]}, "messages[0].hiprune", "part"),
         (CHAT, {"messages": [{"content": [{"image_url": {"url": "x", "hiprune": PLAN}}]}]},
          "messages[0].content[0].image_url.hiprune", "in the image part itself, beside image_url"),
+        (CHAT, {"messages": [{"content": [{"video_url": {"url": "x", "hiprune": PLAN}}]}]},
+         "messages[0].content[0].video_url.hiprune", "in the video part itself, beside video_url"),
         (CHAT, {"messages": [[{"content": OWN}]]}, "messages[0][0].content[0].hiprune", "must"),
         (CHAT, {"tools": [{"function": {"parameters": {"properties": {"hiprune": {}}}}}]},
          "tools[0].function.parameters.properties.hiprune", "no other key"),

@@ -166,7 +166,8 @@ def _advice(route: str, path: Path, general: tuple[str | None, ...]) -> str:
         )
     parent = general[:-1]
     if (*parent[:-1], FIELD) in PLACES[route] and parent[-1:] != (EACH,) and len(parent) > 1:
-        return f"must stand in the image part itself, beside {path[-2]}"
+        kind = "video" if path[-2] == "video_url" else "image"
+        return f"must stand in the {kind} part itself, beside {path[-2]}"
     return (
         "must stand in an image part or at the top of the request; no other key may be called so"
         if len(PLACES[route]) > 1
