@@ -104,8 +104,10 @@ def test_get_hiprune_shows_presets_and_limits(server):
         "high": {"ratio": 1.0},
         "original": {"tokens": 300},
     }
-    assert told["limits"]["tokens"] == {"type": "integer", "minimum": 16, "maximum": 400}
-    assert told["limits"]["method"] == {"enum": ["hiprune", "attention"]}
+    tokens = told["limits"]["tokens"]
+    assert (tokens["type"], tokens["minimum"], tokens["maximum"]) == ("integer", 16, 400)
+    assert tokens["description"].startswith("visual tokens kept per picture")
+    assert told["limits"]["method"]["enum"] == ["hiprune", "attention"]
     assert "object_layer" not in told["limits"]
     assert told["limits"]["max_full_tokens"] == 1800
 
@@ -239,8 +241,8 @@ def test_metrics_count_what_answers_say(server, picture):
 
     assert more("hiprune_images_total", method="hiprune", source="detail") == 1
     assert more("hiprune_images_total", method="attention", source="request") == 1
-    assert more("hiprune_visual_tokens_full_total") == 2 * 576
-    assert more("hiprune_visual_tokens_kept_total") == 50 + 70
+    assert more("hiprune_visual_tokens_full_total", kind="image") == 2 * 576
+    assert more("hiprune_visual_tokens_kept_total", kind="image") == 50 + 70
     assert more("hiprune_kept_ratio_count") == 2
     assert more("hiprune_kept_ratio_sum") == pytest.approx(120 / 576)
     # From the worker; a picture that was seen before may not be scored again.

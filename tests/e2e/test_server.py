@@ -300,7 +300,9 @@ def test_get_hiprune_describes_the_server(server):
         "score": "global",
         "method": "hiprune",
     }
-    assert described["limits"]["object_layer"] == {"type": "integer", "minimum": 1, "maximum": 7}
+    layer = described["limits"]["object_layer"]
+    assert (layer["type"], layer["minimum"], layer["maximum"]) == ("integer", 1, 7)
+    assert described["videos"] == {"supported": False, "default": {"ratio": 1.0}}
 
 
 def test_other_routes_stay_vllms(server):
