@@ -141,6 +141,15 @@ def generate(llm: Any, requests: list[dict[str, Any]], max_tokens: int = 8) -> l
     ]
 
 
+def assert_same_answer(
+    answer: dict[str, Any], expected: torch.Tensor, within: float = 5e-3
+) -> None:
+    """Greedy by the oracle's log-probabilities at every step, and all of them close to the own."""
+    assert expected.argmax(dim=-1).tolist() == answer["tokens"]
+    got = torch.tensor(answer["logprobs"], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=0, atol=within)
+
+
 def worker_model(llm: Any) -> Any:
     """The model of an in-process engine."""
     return llm.llm_engine.model_executor.driver_worker.worker.get_model()

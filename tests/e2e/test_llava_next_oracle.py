@@ -8,6 +8,7 @@ import torch
 from tests.e2e.offline import (
     IN_PROCESS,
     PROMPT,
+    assert_same_answer,
     engine,
     forget,
     generate,
@@ -134,12 +135,6 @@ def engine_results(checkpoint):
 @pytest.fixture(scope="module")
 def oracle(checkpoint):
     return LlavaNextOracle(checkpoint)
-
-
-def assert_same_answer(answer, expected):
-    assert expected.argmax(dim=-1).tolist() == answer["tokens"]
-    got = torch.tensor(answer["logprobs"], dtype=torch.float64)
-    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
 
 
 @pytest.mark.sweep

@@ -7,6 +7,7 @@ import torch
 
 from tests.e2e.offline import (
     IN_PROCESS,
+    assert_same_answer,
     engine,
     forget,
     generate,
@@ -145,12 +146,6 @@ def one_shot(checkpoint):
 @pytest.fixture(scope="module")
 def oracle(checkpoint):
     return QwenOracle(checkpoint)
-
-
-def assert_same_answer(answer, expected):
-    assert expected.argmax(dim=-1).tolist() == answer["tokens"]
-    got = torch.tensor(answer["logprobs"], dtype=torch.float64)
-    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
 
 
 def test_kept_indices_positions_answers_and_logits_equal_the_oracles(one_shot, oracle):

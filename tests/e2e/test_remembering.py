@@ -9,6 +9,7 @@ import torch
 from tests.e2e.offline import (
     IN_PROCESS,
     PROMPT,
+    assert_same_answer,
     engine,
     forget,
     generate,
@@ -259,12 +260,6 @@ def results(folders):
         return done[family]
 
     return of
-
-
-def assert_same_answer(answer, expected, tolerance=5e-3):
-    assert expected.argmax(dim=-1).tolist() == answer["tokens"]
-    got = torch.tensor(answer["logprobs"], dtype=torch.float64)
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,16 @@ class Prompt(NamedTuple):
     levels: list[torch.Tensor]
 
 
+def queries_and_keys(module: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an attention module that is called with these, turned, (heads, patches, width) each."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cos, sin = kwargs["position_embeddings"]
+    qkv = module.qkv(hidden).reshape(len(hidden), 3, module.num_heads, -1)
+    query, key, _ = qkv.permute(1, 0, 2, 3).unbind(0)
+    query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+    return query.transpose(0, 1), key.transpose(0, 1)
+
+
 class QwenOracle(OneGrid):
     pad = "<|image_pad|>"  # what a prompt has for an image
 
@@ -69,12 +79,7 @@ class QwenOracle(OneGrid):
         attentions: list[torch.Tensor] = []
 
         def full_attention(module: Any, args: Any, kwargs: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            cos, sin = kwargs["position_embeddings"]
-            qkv = module.qkv(hidden).reshape(len(hidden), 3, module.num_heads, -1)
-            query, key, _ = qkv.permute(1, 0, 2, 3).unbind(0)
-            query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
-            attentions.append(paper.attention(query.transpose(0, 1), key.transpose(0, 1)))
+            attentions.append(paper.attention(*queries_and_keys(module, args, kwargs)))
 
         hooks = [
             block.attn.register_forward_pre_hook(full_attention, with_kwargs=True)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
 from tests.reference import paper
-from tests.reference.qwen import QwenOracle
+from tests.reference.qwen import QwenOracle, queries_and_keys
 
 
 class Clip(NamedTuple):
@@ -45,15 +44,11 @@ class VideoOracle:
         seen: list[list[list[float]]] = []
 
         def of_slices(module: Any, args: Any, kwargs: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            cos, sin = kwargs["position_embeddings"]
-            qkv = module.qkv(hidden).reshape(len(hidden), 3, module.num_heads, -1)
-            query, key, _ = qkv.permute(1, 0, 2, 3).unbind(0)
-            query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+            query, key = queries_and_keys(module, args, kwargs)
             found = []
             for start in range(0, slices * patches, patches):
                 here = slice(start, start + patches)
-                full = paper.attention(query[here].transpose(0, 1), key[here].transpose(0, 1))
+                full = paper.attention(query[:, here], key[:, here])
                 found.append(paper.scores(full, has_cls=False))
             seen.append(found)
 

@@ -10,15 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from hiprune_vllm.engine.compat import recompute_positions_where_needed
 from hiprune_vllm.engine.positions import PrunedMRopeModel
+from hiprune_vllm.engine.rotary import PrunedMRopeProcessor
 from hiprune_vllm.engine.whole import whole_prompt
 from hiprune_vllm.engine.wire import BUDGET_FIELD, pack_item
 from hiprune_vllm.pruning.budget import ImageBudget, spread_evenly
-from hiprune_vllm.pruning.positions import COLUMNS, encode_positions, no_positions
+from hiprune_vllm.pruning.positions import COLUMNS, LARGEST, encode_positions, no_positions
 
 WIDTH, IMAGE, VIDEO = 8, 7, 8
 
@@ -153,6 +156,27 @@ def test_tokens_around_embeddings_stay_where_they_are():
     assert (first.offset, first.length) == (2, 10)
     assert first.is_embed.tolist() == [False, *[True] * 8, False]
     assert moved[id(other.grid)] == PlaceholderRange(13, 2)
+
+
+@pytest.mark.parametrize(("taken", "keep", "fits"), [(LARGEST, 3, True), (LARGEST + 1, 3, False),
+                                                     (LARGEST + 1, 8, True)])  # fmt: skip
+def test_positions_that_cannot_travel_with_kept_tokens_are_a_400(taken, keep, fits):
+    """Frames that are hours apart: what was rounded on the way would leave the rotary table."""
+
+    class Far:
+        def get_mrope_input_positions(self, tokens, media):
+            return torch.full((3, len(tokens)), taken), 0
+
+    processor = object.__new__(PrunedMRopeProcessor)
+    processor.vllm_class = Far
+    processor.info = SimpleNamespace(get_hf_config=dict)
+    data, placed = budget_field(8, keep, 2), PromptUpdateDetails([VIDEO] * keep)
+    if fits:
+        assert processor._positions("video", data, placed) == taken
+        return
+    with pytest.raises(VLLMValidationError, match=f"got {taken}") as refused:
+        processor._positions("video", data, placed)
+    assert refused.value.parameter == "video_url"
 
 
 def a_runner(*, computed, features):

@@ -50,15 +50,15 @@ def _pixels(encoder: Encoder, limits: Limits) -> Schema | None:
 _FIXED_SIZES: Final = "whose pictures are scaled to fixed sizes"
 _KNOBS: Final[Mapping[str, Knob]] = {
     "tokens": Knob(
-        "visual tokens kept per picture; more than it has means all",
+        "visual tokens kept per picture or video; more than it has means all",
         lambda _, limits: _integer(limits.min_tokens, limits.max_tokens),
     ),
     "ratio": Knob(
-        "share kept per picture, at least one token",
+        "share kept per picture or video, at least one token",
         lambda *_: {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     ),
     "total_tokens": Knob(
-        "visual tokens of all pictures together, shared in proportion to their full size",
+        "visual tokens of all pictures and videos together, in proportion to their full size",
         lambda *_: _integer(1, MAX_TOKENS),
     ),
     "alpha": Knob(

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, VideoProcessorItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import (
     ProcessorInputs,
     PromptReplacement,
@@ -33,6 +33,7 @@ from hiprune_vllm.engine.identity import (
 from hiprune_vllm.engine.scheduling import with_size
 from hiprune_vllm.engine.sizes import SizedProcessing, of_processor, with_sizes
 from hiprune_vllm.engine.wire import BUDGET_FIELD, VIDEO_BUDGET_FIELD, pack_item
+from hiprune_vllm.facade import PictureReport
 from hiprune_vllm.models.base import SHAPE_FIELD, FamilyAdapter
 from hiprune_vllm.models.images import frames_of
 from hiprune_vllm.plan import (
@@ -66,6 +67,22 @@ class _Item(NamedTuple):
     identity: str
     sizes: dict[str, int]
     known_as: str
+
+
+class _Wished(NamedTuple):
+    """One image or video of a request, and what is asked for it.
+
+    Attributes:
+        kind: vLLM's word for it.
+        number: among those of its kind.
+        plan: with the operator's default below it.
+        sizes: what it is scaled to, where that is not the checkpoint's own.
+    """
+
+    kind: str
+    number: int
+    plan: PruningPlan
+    sizes: dict[str, int]
 
 
 class _Miscounted(Exception):
@@ -113,10 +130,7 @@ class PrunedProcessor(AskedProcessing, SizedProcessing, CachedProcessing):
         return replace(inputs, hf_processor_mm_kwargs={FIELD: FULL})
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's `apply`; the result also has `hiprune`: a dict an image.
-
-        It has `tokens_full`, `tokens_kept`, `method`, and the whole `plan` (a `PruningPlan`).
-        """
+        """vLLM's `apply`; the result also has `hiprune`, a report (`PictureReport`) an item."""
         asked = self._plans(inputs)
         media = self._prunable(inputs, asked)
         encoder = self.pruning.encoder
@@ -129,33 +143,26 @@ class PrunedProcessor(AskedProcessing, SizedProcessing, CachedProcessing):
         # The very objects that the server's own dummy pictures come with: no request has them.
         given = inputs.hf_processor_mm_kwargs.get(FIELD)
         measured = given is FULL or given is THIRD
-        of_all = [(kind, i, plan) for kind, plans in media.items() for i, plan in enumerate(plans)]
-        sizes = [
-            {} if measured or kind == VIDEO else self.pruning.sizes(plan)
-            for kind, _, plan in of_all
+        wished = [
+            _Wished(kind, i, plan, {} if measured or kind == VIDEO else self.pruning.sizes(plan))
+            for kind, plans in media.items()
+            for i, plan in enumerate(plans)
         ]
-        of_pictures = sizes[: len(media.get(self.modality, ()))]
+        of_pictures = [one.sizes for one in wished if one.kind != VIDEO]
         plain = self.fitted(plain, of_pictures)
-        names = [
-            f"{hashes[kind][i]} {[*of_item.values()]}"
-            for (kind, i, _), of_item in zip(of_all, sizes, strict=True)
-        ]
-        counts = [
-            self._count(plain, kind, i, name, of_item)
-            for (kind, i, _), name, of_item in zip(of_all, names, sizes, strict=True)
-        ]
+        known_as = [f"{hashes[one.kind][one.number]} {[*one.sizes.values()]}" for one in wished]
+        counts = [self._count(plain, one, name) for one, name in zip(wished, known_as, strict=True)]
         try:
             limits = NO_LIMITS if measured else self.pruning.limits
             if not measured:
                 limits.check_images([count.full for count in counts])
                 self.check_sizes(counts[: len(of_pictures)], of_pictures)
-            budgets = resolve_all([plan for _, _, plan in of_all], counts, encoder, limits)
+            budgets = resolve_all([one.plan for one in wished], counts, encoder, limits)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from error
         of_kinds: dict[str, list[_Item]] = {kind: [] for kind in media}
-        for (kind, _, _), item in zip(of_all, zip(budgets, sizes, names, strict=True), strict=True):
-            budget, of_item, name = item
-            of_kinds[kind].append(_Item(budget, "", of_item, name))
+        for one, budget, name in zip(wished, budgets, known_as, strict=True):
+            of_kinds[one.kind].append(_Item(budget, "", one.sizes, name))
         try:
             result: Any = super().apply(self._resolved(plain, hashes, of_kinds), *args, **kwargs)
         except _Miscounted as error:
@@ -164,36 +171,18 @@ class PrunedProcessor(AskedProcessing, SizedProcessing, CachedProcessing):
             return self.apply(inputs, *args, **kwargs)
         self._check(result, budgets)
         result[FIELD] = [
-            {
-                "kind": VIDEO if kind == VIDEO else "image",
-                "frames": _frames(plain.mm_data_items[kind], i) if kind == VIDEO else None,
-                "tokens_full": budget.full,
-                "tokens_kept": budget.keep,
-                "method": plan.method,
-                "plan": plan,
-            }
-            for (kind, i, plan), budget in zip(
-                [(kind, i, complete(plan, encoder)) for kind, i, plan in of_all],
-                budgets,
-                strict=True,
-            )
+            _report(one, complete(one.plan, encoder), budget, plain)
+            for one, budget in zip(wished, budgets, strict=True)
         ]
         return result
 
-    def _count(
-        self,
-        plain: ProcessorInputs,
-        kind: str,
-        index: int,
-        known_as: str,
-        sizes: Mapping[str, int],
-    ) -> TokenCount:
-        """Tokens of an image that is scaled as `sizes` say, or was before; of a video likewise."""
-        items, family = plain.mm_data_items[kind], self.pruning.family
-        if kind == VIDEO:
+    def _count(self, plain: ProcessorInputs, wished: _Wished, known_as: str) -> TokenCount:
+        """Tokens of an image, scaled as its sizes say, or of a video; at hand or seen before."""
+        items, index, family = plain.mm_data_items[wished.kind], wished.number, self.pruning.family
+        if wished.kind == VIDEO:
             guessed = partial(family.video_tokens, self.info, items, index)
             return self._known.likely(items, index, known_as, guessed)
-        own = of_processor(sizes, family.frames)
+        own = of_processor(wished.sizes, family.frames)
         options = with_sizes(plain.hf_processor_mm_kwargs, own)
         info = self.unsized.info if own else self.info
         counted = partial(family.tokens, info, items, index, options)
@@ -372,7 +361,17 @@ def _pruned_update(
     return replace(update, replacement=replacement)
 
 
-def _frames(videos: VideoProcessorItems, index: int) -> int | None:
-    """Frames of a video; None for one that is known by its name alone."""
-    video = videos.get(index)
-    return None if video is None else len(frames_of(video))
+def _report(
+    wished: _Wished, plan: PruningPlan, budget: ImageBudget, plain: ProcessorInputs
+) -> PictureReport:
+    """What is told of an item; frames of a video that is not known by its name alone."""
+    is_video = wished.kind == VIDEO
+    video = plain.mm_data_items[VIDEO].get(wished.number) if is_video else None
+    return {
+        "kind": VIDEO if is_video else "image",
+        "frames": None if video is None else len(frames_of(video)),
+        "tokens_full": budget.full,
+        "tokens_kept": budget.keep,
+        "method": cast(str, plan.method),
+        "plan": plan,
+    }

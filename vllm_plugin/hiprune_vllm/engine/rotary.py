@@ -10,9 +10,10 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUp
 
 from hiprune_vllm.engine.processing import PrunedProcessor
 from hiprune_vllm.engine.rotary_table import rotary_rows
-from hiprune_vllm.engine.whole import whole_prompt
+from hiprune_vllm.engine.whole import dropped, whole_prompt
 from hiprune_vllm.plan import FIELD
 from hiprune_vllm.pruning.budget import ImageBudget
+from hiprune_vllm.pruning.positions import LARGEST
 
 TEXT: Final = -1
 """Stands for a token of text, whichever."""
@@ -72,7 +73,12 @@ class PrunedMRopeProcessor(PrunedProcessor):
         return replace(update, replacement=replacement)
 
     def _positions(self, modality: str, data: Any, placed: PromptUpdateDetails) -> int:
-        """Positions that a medium takes: the one that vLLM gives to text behind it."""
+        """Positions that a medium takes: the one that vLLM gives to text behind it.
+
+        Raises:
+            VLLMValidationError: more than those of kept tokens can travel with, as in a video whose
+                file or request says that its frames are hours apart.
+        """
         tokens = list(placed.full)
         mask = None if placed.is_embed is None else placed.is_embed(tokens)
         place = PlaceholderRange(0, len(tokens), mask)
@@ -88,7 +94,14 @@ class PrunedMRopeProcessor(PrunedProcessor):
                 f"image_grid_thw must be of a picture of one frame ({error})",
                 parameter="image_grid_thw",
             ) from error
-        return int(positions[:, -1].max())
+        taken = int(positions[:, -1].max())
+        if dropped(medium) and taken > LARGEST:
+            raise VLLMValidationError(
+                f"a {modality} that is pruned must not take more than {LARGEST} positions, got "
+                f"{taken}: send a shorter one, or with more frames a second",
+                parameter=f"{modality}_url",
+            )
+        return taken
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)

@@ -171,9 +171,8 @@ class ScoreRecorder:
         self, query: torch.Tensor, key: torch.Tensor, scale: float, item: Wanted
     ) -> torch.Tensor:
         score: Callable[..., torch.Tensor] = attention_received
-        if (
-            query.device.type == "cuda" and chosen("PRUNING_SCORE_KERNEL") == "triton"
-        ):  # pragma: no cover
+        on_gpu = query.device.type == "cuda"
+        if on_gpu and chosen("PRUNING_SCORE_KERNEL") == "triton":  # pragma: no cover
             from hiprune_vllm.pruning import kernel  # noqa: PLC0415  (no Triton without a GPU)
 
             score = kernel.attention_received
